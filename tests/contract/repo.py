@@ -1,0 +1,149 @@
+"""What the contract tests ask of the repository: files, YAML, Jinja names, roles, inventories. Each question once."""
+
+import re
+import subprocess
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import Environment, nodes
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+PHASES = ("preflight", "install", "configure", "run", "verify")
+INVENTORIES = (ROOT / "inventory/production", ROOT / "inventory/lab")
+WIRING = ROOT / "playbooks/group_vars/all/wiring.yml"
+
+# Task keys whose value is a Jinja expression without braces.
+BARE = {"when", "that", "failed_when", "changed_when", "until", "var", "break_when"}
+
+
+class Loader(yaml.SafeLoader):
+    """YAML as Ansible reads it: ``!vault`` and ``!unsafe`` are plain values here."""
+
+
+Loader.add_multi_constructor("!", lambda loader, _, node: loader.construct_scalar(node))
+
+
+@cache
+def load(path: Path) -> Any:
+    """A YAML file's one document; an empty one is an empty mapping."""
+    return yaml.load(path.read_text(), Loader) or {}  # noqa: S506  a SafeLoader with two more tags
+
+
+@cache
+def files() -> tuple[Path, ...]:
+    """Every file of the repository as it is to be committed, links left out."""
+    command = ["git", "-C", str(ROOT), "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
+    names = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split("\0")
+    paths = (ROOT / name for name in names if name)
+    return tuple(sorted({path for path in paths if path.is_file() and not path.is_symlink()}))
+
+
+def texts(*, but: tuple[str, ...] = ()) -> Iterator[tuple[str, str]]:
+    """(name, text) of every text file whose name does not start with one of ``but``."""
+    for path in files():
+        name = str(path.relative_to(ROOT))
+        if name.startswith(but):
+            continue
+        try:
+            yield name, path.read_text()
+        except UnicodeDecodeError:
+            continue
+
+
+def found(pattern: str | re.Pattern[str], *, but: tuple[str, ...] = ()) -> list[str]:
+    """``file:line: text`` of every line that matches."""
+    expression = re.compile(pattern)
+    return [
+        f"{name}:{number}: {line.strip()[:140]}"
+        for name, text in texts(but=but)
+        for number, line in enumerate(text.splitlines(), 1)
+        if expression.search(line)
+    ]
+
+
+def roles() -> list[Path]:
+    return sorted(path for path in (ROOT / "roles").glob("*") if path.is_dir())
+
+
+def role_names() -> list[str]:
+    return [role.name for role in roles()]
+
+
+def defaults(role: Path) -> dict[str, Any]:
+    path = role / "defaults/main.yml"
+    values: dict[str, Any] = load(path) if path.exists() else {}
+    return values
+
+
+def spec(role: Path) -> dict[str, Any]:
+    """The options of the role's only entry point."""
+    options: dict[str, Any] = load(role / "meta/argument_specs.yml")["argument_specs"]["main"]["options"]
+    return options
+
+
+def tags_of(role: str) -> list[str]:
+    return [role, *(f"{role}_{phase}" for phase in PHASES[1:])]
+
+
+def words(template: str) -> tuple[set[str], set[str]]:
+    """(variables, attributes and string constants) of a Jinja template; comments and plain text do not count."""
+    tree = Environment(autoescape=True).parse(template)
+    names = {node.name for node in tree.find_all(nodes.Name)}
+    others = {node.attr for node in tree.find_all(nodes.Getattr)}
+    others |= {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)}
+    return names, others
+
+
+def templates_in(value: Any, *, bare: bool = False) -> Iterator[str]:
+    """Every Jinja template inside a YAML value; an expression of ``when`` and the like comes in braces."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from templates_in(key)
+            yield from templates_in(item, bare=key in BARE)
+    elif isinstance(value, list):
+        for item in value:
+            yield from templates_in(item, bare=bare)
+    elif isinstance(value, str):
+        if "{{" in value or "{%" in value:
+            yield value
+        elif bare:
+            yield "{{ " + value + " }}"
+
+
+def tasks_of(role: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """(file, task) of every task and handler, those inside blocks too."""
+
+    def flat(tasks: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        for task in tasks:
+            yield task
+            for section in ("block", "rescue", "always"):
+                yield from flat(task.get(section, []))
+
+    for path in sorted([*role.glob("tasks/**/*.yml"), *role.glob("handlers/*.yml")]):
+        for task in flat(load(path) or []):
+            yield path, task
+
+
+def site_variables(inventory: Path, *, everywhere: bool = False) -> dict[str, Path]:
+    """Variable -> file of an inventory's group_vars/all; ``everywhere``: of other groups, hosts and hosts.yml too."""
+    paths = sorted(inventory.glob("group_vars/all/*.yml"))
+    if everywhere:
+        paths += sorted([*inventory.glob("group_vars/**/*.yml"), *inventory.glob("host_vars/**/*.yml")])
+    variables = {name: path for path in paths for name in load(path)}
+    if everywhere:
+        variables |= dict.fromkeys(_vars_of_group(load(inventory / "hosts.yml")), inventory / "hosts.yml")
+    return variables
+
+
+def _vars_of_group(group: dict[str, Any]) -> Iterator[str]:
+    for name, value in (group or {}).items():
+        if name == "vars":
+            yield from value
+        elif name == "hosts":
+            for variables in (value or {}).values():
+                yield from variables or {}
+        elif isinstance(value, dict):
+            yield from _vars_of_group(value)

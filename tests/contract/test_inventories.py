@@ -1,0 +1,108 @@
+"""Site variables: once in each inventory, and a role's only by way of the wiring."""
+
+from pathlib import Path
+
+import pytest
+from jinja2 import Environment, meta
+
+from tests.contract.repo import (
+    INVENTORIES,
+    ROOT,
+    WIRING,
+    defaults,
+    found,
+    load,
+    roles,
+    site_variables,
+    templates_in,
+    words,
+)
+
+MAGIC = {
+    "ansible_facts",
+    "ansible_play_hosts_all",
+    "group_names",
+    "groups",
+    "hostvars",
+    "inventory_dir",
+    "inventory_hostname",
+    "lookup",
+    "omit",
+    "playbook_dir",
+    "q",
+    "query",
+}
+
+# Where a port or an address of ours may stand as a number: the inventories, and what speaks of or plays with them.
+SPEAKING = (
+    "inventory/",
+    "docs/",
+    "tests/",
+    "molecule/",
+    "lab/",
+    "bench/",
+    "gateway/tests/",
+    "README.md",
+    "ARCHITECTURE.md",
+    "CHANGELOG.md",
+)
+
+
+def test_both_inventories_have_the_same_files_and_variables() -> None:
+    production, lab = (site_variables(inventory) for inventory in INVENTORIES)
+    assert set(production) == set(lab)
+    moved = {name for name in production if production[name].name != lab[name].name}
+    assert moved == set(), "in differently named files"
+
+
+@pytest.mark.parametrize("name", ["platform_ports", "platform_services"])
+def test_both_inventories_name_the_same_ports_and_services(name: str) -> None:
+    production, lab = (set(load(site_variables(inventory)[name])[name]) for inventory in INVENTORIES)
+    assert production == lab
+
+
+@pytest.mark.parametrize("inventory", INVENTORIES, ids=lambda path: path.name)
+def test_site_variables_say_so_in_their_names(inventory: Path) -> None:
+    odd = [name for name in site_variables(inventory) if not name.startswith(("platform_", "llm_", "ansible_"))]
+    assert odd == []
+
+
+@pytest.mark.parametrize("inventory", INVENTORIES, ids=lambda path: path.name)
+def test_no_wired_name_is_set_in_an_inventory(inventory: Path) -> None:
+    wired = set(load(WIRING)) & set(site_variables(inventory, everywhere=True))
+    assert wired == set(), "playbooks/group_vars/all/wiring.yml would beat it silently"
+
+
+def test_the_wiring_sets_only_what_a_role_takes() -> None:
+    taken = {name for role in roles() for name in defaults(role)}
+    assert [name for name in load(WIRING) if not name.startswith("__") and name not in taken] == []
+
+
+def test_the_wiring_reads_only_site_variables_of_both_inventories() -> None:
+    known = MAGIC | set(load(WIRING))
+    known |= set.intersection(*(set(site_variables(inventory)) for inventory in INVENTORIES))
+    faults = []
+    for name, value in load(WIRING).items():
+        for template in templates_in(value):
+            read = meta.find_undeclared_variables(Environment(autoescape=True).parse(template))
+            faults += [f"{name} reads {other}" for other in sorted(read - known)]
+    assert faults == []
+
+
+def test_every_site_variable_is_read_somewhere() -> None:
+    paths = [*(ROOT / "playbooks").rglob("*.yml"), *(path for tree in INVENTORIES for path in tree.rglob("*.yml"))]
+    read = {name for path in paths for template in templates_in(load(path)) for name in words(template)[0]}
+    assert set(site_variables(INVENTORIES[0])) - read == set()
+
+
+def test_ports_and_addresses_stand_in_the_inventories_only() -> None:
+    generated = tuple(f"roles/{role.name}/README.md" for role in roles())
+    but = (*SPEAKING, *generated, "files/", "requirements.txt")
+    assert found(r"\b1140[0-9]\b|\b192\.168\.10\.\d|\b10\.77\.0\.\d", but=but) == []
+
+
+def test_the_ops_playbooks_see_the_same_wiring() -> None:
+    link = ROOT / "playbooks/ops/group_vars"
+    if link.parent.exists():
+        assert link.is_symlink()
+        assert link.resolve() == (ROOT / "playbooks/group_vars")
