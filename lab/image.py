@@ -1,0 +1,138 @@
+"""What hosts are made of: base images, layers, the wheelhouse, the tiny models. All of it is kept in the cache folder."""
+
+import os
+import re
+import secrets
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import tiny_models
+from common import BASE_PACKAGES, CACHE, KEY_FILE, LAB, LAYERS, REPO, SSH_KEY, STATE, VENV, Host, Layer, digest_of, run, say
+
+BASES = CACHE / "base"
+LAYERS_DIR = CACHE / "layers"
+WHEELHOUSE = CACHE / "wheelhouse"
+MODELS = CACHE / "models"
+REQUIREMENTS = REPO / "files" / "requirements"
+WHEEL_SETS = ("installer", "gateway", "cpu")
+DEFAULT_RELEASE = "bookworm"
+MASKED = ("apt-daily.timer", "apt-daily-upgrade.timer", "systemd-networkd-wait-online.service")
+
+
+def _apt_sources(release: str) -> str:
+    """This machine's package sources, for another release if need be."""
+    texts = [p.read_text() for p in sorted(Path("/etc/apt/sources.list.d").glob("debian*.sources"))]
+    text = "\n".join(texts) or "Types: deb\nURIs: http://deb.debian.org/debian\nSuites: bookworm bookworm-updates\nComponents: main\n"
+    return re.sub(r"\b(bookworm|trixie)\b", release, text)
+
+
+def _apt_options() -> str:
+    """This machine's settings of how packages are fetched (not its proxy: the hosts have the lab's)."""
+    lines = [line for p in sorted(Path("/etc/apt/apt.conf.d").glob("*")) for line in p.read_text().splitlines()]
+    return "".join(f"{line}\n" for line in lines if line.startswith("Acquire::") and "Proxy" not in line)
+
+
+def base(release: str) -> Path:
+    """The root file system of a freshly installed server, made the first time."""
+    sources, options = _apt_sources(release), _apt_options()
+    folder = BASES / f"{release}-{digest_of([LAB / 'image.py'], sources, *BASE_PACKAGES)}"
+    if folder.exists():
+        return folder
+    say(f"building the base image of {release} (about half a minute)")
+    new = folder.with_suffix(".new")
+    shutil.rmtree(new, ignore_errors=True)
+    new.parent.mkdir(parents=True, exist_ok=True)
+    STATE.mkdir(parents=True, exist_ok=True)
+    source_file = STATE / f"{release}.sources"
+    source_file.write_text(sources)
+    option_file = STATE / "apt-options"
+    option_file.write_text(options)
+    run(["mmdebstrap", "--mode=root", "--variant=minbase", "--skip=check/empty", f"--include={','.join(BASE_PACKAGES)}",
+         f"--aptopt={option_file}", release, new, source_file])  # fmt: skip
+    for name in MASKED:
+        (new / "etc/systemd/system" / name).symlink_to("/dev/null")
+    shutil.rmtree(new / "etc/apt/sources.list.d")
+    (new / "etc/apt/sources.list.d").mkdir()
+    (new / "etc/apt/sources.list").unlink(missing_ok=True)
+    (new / "etc/apt/sources.list.d/debian.sources").write_text(sources)
+    (new / "etc/apt/apt.conf.d/80lab").write_text(options)
+    (new / "etc/machine-id").write_text("")
+    for key in (new / "etc/ssh").glob("ssh_host_*"):
+        key.unlink()  # each host makes its own
+    _host_keys_at_boot(new)
+    new.rename(folder)
+    return folder
+
+
+def _host_keys_at_boot(root: Path) -> None:
+    """Debian makes SSH host keys when the package is installed; a copied image makes them when it first boots."""
+    unit = root / "etc/systemd/system/ssh.service.d/host-keys.conf"
+    unit.parent.mkdir(parents=True, exist_ok=True)
+    unit.write_text("[Service]\nExecStartPre=\nExecStartPre=/usr/bin/ssh-keygen -A\nExecStartPre=/usr/sbin/sshd -t\n")
+
+
+def wheelhouse() -> None:
+    """Download every wheel of the locks that hosts install from; a stamp tells when nothing is to do."""
+    locks = [REQUIREMENTS / f"{name}.txt" for name in WHEEL_SETS if (REQUIREMENTS / f"{name}.txt").exists()]
+    stamp = WHEELHOUSE / f".complete-{digest_of(locks)}"
+    if stamp.exists():
+        return
+    say("downloading wheels into the wheelhouse (3 GB the first time)")
+    WHEELHOUSE.mkdir(parents=True, exist_ok=True)
+    for lock in locks:
+        run([VENV / "bin" / "python", "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes", "--only-binary=:all:",
+             "--dest", WHEELHOUSE, "--requirement", lock])  # fmt: skip
+    stamp.touch()
+
+
+def models() -> None:
+    """Make the tiny models."""
+    stamp = MODELS / f".complete-{digest_of([LAB / 'tiny_models.py'])}"
+    if stamp.exists():
+        return
+    say("making the tiny models")
+    for name in tiny_models.MODELS:
+        tiny_models.write(MODELS / name, name, seed=7)
+    stamp.touch()
+
+
+def secrets_of_the_lab() -> None:
+    """The gateway key that `lab/lab key` prints and the key pair for SSH, readable by their owner only."""
+    STATE.mkdir(parents=True, exist_ok=True)
+    STATE.chmod(0o700)
+    if not KEY_FILE.exists():
+        with os.fdopen(os.open(KEY_FILE, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write("sk-lab-" + secrets.token_urlsafe(32))
+    if not SSH_KEY.exists():
+        run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "citadel-lab", "-f", SSH_KEY])
+
+
+def layer_path(layer: Layer, release: str) -> Path:
+    """Where a layer is kept; the name holds what it depends on."""
+    paths = [path for name in layer.key if (path := REPO / name).exists()]
+    return LAYERS_DIR / f"{layer.name}-{release}-{digest_of(paths, str(layer.play), base(release).name)}"
+
+
+def lower(host: Host, release: str, build: Callable[[Layer, Path], None], *, bare: bool = False) -> list[Path]:
+    """The folders under a host, uppermost first; ``build`` makes a layer that is not there."""
+    folders = [base(release)]
+    if host.layer and not bare:
+        layer = LAYERS[host.layer]
+        path = layer_path(layer, release)
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            build(layer, path)
+        folders.insert(0, path)
+    return folders
+
+
+def prepare() -> None:
+    """All that can be made before a host boots."""
+    sys.dont_write_bytecode = True
+    for folder in (WHEELHOUSE, MODELS):
+        folder.mkdir(parents=True, exist_ok=True)
+    secrets_of_the_lab()
+    wheelhouse()
+    models()
