@@ -40,9 +40,8 @@ def make_targets() -> set[str]:
 @cache
 def lab_commands() -> set[str]:
     command = [sys.executable, str(ROOT / "lab/lab"), "--help"]
-    listed = re.search(r"\{([\w,-]+)\}", subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    assert listed
-    return set(listed[1].split(","))
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return set(re.findall(r"^    ([a-z]+)(?: |$)", told, re.MULTILINE))
 
 
 @DOCS
