@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Run a playbook and print its time by role and by task: ``tools/profile_play.py lab/lab play playbooks/site.yml``.
+"""Run a playbook (without a COMMAND: site.yml on the lab) and print its time by role and by task.
 
 The times are those of Ansible's own profile_tasks callback (ansible.cfg switches it on). Meant for a run that has
 nothing to change: with ``--budget SECONDS`` it fails if the run took longer or changed something.
@@ -14,6 +14,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 
+SITE = ["lab/lab", "play", "playbooks/site.yml"]
 TASK = re.compile(r"^(?P<name>.+?) -{2,} (?P<seconds>\d+\.\d+)s$")
 RECAP = re.compile(r"^(?P<host>\S+)\s+: ok=(?P<ok>\d+)\s+changed=(?P<changed>\d+)\s+unreachable=(\d+)\s+failed=(\d+)")
 
@@ -30,7 +31,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--budget", type=float, help="fail if the run is longer, in seconds, or changes something")
     parser.add_argument("--slowest", type=int, default=15, help="how many single tasks to show")
-    parser.add_argument("command", nargs=argparse.REMAINDER, help="what plays: a command that runs ansible-playbook")
+    parser.add_argument("command", nargs=argparse.REMAINDER, metavar="COMMAND", help="what plays")
     arguments = parser.parse_args()
     environment = {
         **os.environ,
@@ -39,7 +40,8 @@ def main() -> int:
         "ANSIBLE_NOCOLOR": "1",
     }
     started = time.monotonic()
-    run = subprocess.run(arguments.command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
+    command = arguments.command or SITE
+    run = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
     wall = time.monotonic() - started
     lines = run.stdout.splitlines()
     if run.returncode:

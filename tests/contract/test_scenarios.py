@@ -14,6 +14,13 @@ SCENARIOS = sorted(path.parent for path in (ROOT / "molecule").glob("*/molecule.
 ALTERNATIVES = {f"{role}_alternative" for role in ("storage", "network_checks", "vllm", "gateway")}
 
 
+def checks_of(scenario: Path) -> list[Path]:
+    """The test files that molecule gives to pytest: those of the scenario, or of the folder that it names instead."""
+    verifier = load(scenario / "molecule.yml").get("verifier", {})
+    folder = verifier.get("directory", "tests").replace("${MOLECULE_PROJECT_DIRECTORY}", str(ROOT))
+    return sorted((scenario / folder).glob("test_*.py"))
+
+
 def test_every_role_has_a_scenario() -> None:
     names = {path.name for path in SCENARIOS}
     assert {*role_names(), *ALTERNATIVES, "full"} - names == set()
@@ -22,7 +29,7 @@ def test_every_role_has_a_scenario() -> None:
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda path: path.name)
 def test_a_scenario_plays_and_verifies(scenario: Path) -> None:
     assert (scenario / "converge.yml").is_file()
-    tests = sorted((scenario / "tests").glob("test_*.py"))
+    tests = checks_of(scenario)
     assert tests, "molecule reports success for a scenario without tests"
     assert [test.name for test in tests if not test.resolve().is_file()] == [], "a link to nothing"
     assert [test.name for test in tests if not re.search(r"^def test_", test.read_text(), re.MULTILINE)] == []
@@ -34,7 +41,7 @@ def test_a_scenario_plays_and_verifies(scenario: Path) -> None:
 def test_the_checks_of_a_role_are_those_of_its_scenario_and_of_validate(role: str) -> None:
     shared = ROOT / f"tests/infra/test_{role}.py"
     assert shared.is_file()
-    assert shared in {test.resolve() for test in (ROOT / "molecule" / role / "tests").glob("test_*.py")}
+    assert shared in {test.resolve() for test in checks_of(ROOT / "molecule" / role)}
 
 
 @pytest.mark.parametrize("role", role_names())

@@ -123,6 +123,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--criteria"):
+        config.option.tbstyle, config.option.reportchars, config.option.no_header = "no", "N", True
         config.pluginmanager.register(Criteria(config), "criteria")
 
 
