@@ -122,7 +122,6 @@ def lower(host: Host, release: str, build: Callable[[Layer, Path], None], *, bar
         layer = LAYERS[host.layer]
         path = layer_path(layer, release)
         if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
             build(layer, path)
         folders.insert(0, path)
     return folders

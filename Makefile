@@ -1,0 +1,81 @@
+# Every target is what CI calls too. `make help` lists them.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+BIN := .venv/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export ANSIBLE_CONFIG := $(CURDIR)/ansible.cfg
+INVENTORY ?= inventory/lab
+STAGE := tools/stage
+STAMP = .venv/.complete-$(shell cat requirements.txt files/requirements/installer.txt | sha256sum | cut -c1-12)
+
+# What the controller of a lab needs, as Debian packages.
+TOOLS := ca-certificates curl debian-archive-keyring iproute2 mmdebstrap openssh-client python3-venv systemd-container util-linux
+PYTHON_FILES := gateway lab plugins tests tools molecule roles/vllm/files/citadel-engine roles/vllm/files/citadel-fetch lab/lab
+
+.PHONY: help tools venv lab down test check lint types unit molecule e2e scenarios validate docs lock bench
+
+help: ## this list
+	@awk -F':.*## ' '/^[a-z0-9]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+tools: ## install the Debian packages that the lab needs (root)
+	@missing=$$(for p in $(TOOLS); do dpkg-query -W -f '$${Status}' $$p 2>/dev/null | grep -q 'ok installed' || echo $$p; done); \
+	if [ -n "$$missing" ]; then echo "installing:" $$missing; apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing >/dev/null; fi
+
+venv: $(STAMP) ## the control node's tools in .venv, from the hash-locked requirements.txt
+
+.venv/.complete-%:
+	@echo "making .venv"
+	@rm -rf .venv && $(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r files/requirements/installer.txt
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes -r requirements.txt
+	@touch $@
+
+lab: tools venv ## boot the lab, run site.yml on it, and print a curl that answers
+	@lab/lab up
+	@lab/lab play playbooks/site.yml
+	@$(BIN)/python lab/greet.py
+
+down: ## stop the lab; nothing is left but the cache
+	@lab/lab down
+
+check: venv ## lint, types, unit and contract tests: neither root nor the lab
+	@$(STAGE) lint 120 $(MAKE) --no-print-directory lint
+	@$(STAGE) types 60 $(MAKE) --no-print-directory types
+	@$(STAGE) unit 120 $(MAKE) --no-print-directory unit
+
+lint: venv
+	ruff check $(PYTHON_FILES)
+	ruff format --check $(PYTHON_FILES)
+	yamllint --strict .
+	ansible-lint --strict
+	$(BIN)/python tools/role_readme.py --check
+
+types: venv
+	mypy $(PYTHON_FILES)
+
+unit: venv
+	pytest --cov --cov-report=term:skip-covered --cov-fail-under=90 --durations=10
+
+molecule: venv ## one scenario: make molecule S=gateway
+	@test -n "$(S)" || { echo "which scenario? make molecule S=$$(ls -m molecule | tr -d ' \n' | sed 's/,/ or S=/g')" >&2; exit 2; }
+	lab/lab exec molecule test -s $(S)
+
+test: tools venv check ## everything: check, each molecule scenario, site.yml on the lab, end-to-end tests
+	@$(STAGE) images 600 lab/lab prepare
+	@$(STAGE) scenarios 3000 lab/lab exec pytest tests/scenarios tests/e2e -v --durations=25
+
+e2e: tools venv ## the end-to-end tests on the lab
+	lab/lab exec pytest tests/e2e -v
+
+validate: venv ## ask every product whether it answers: make validate INVENTORY=inventory/production
+	@$(if $(findstring inventory/lab,$(INVENTORY)),lab/lab exec) pytest tests/infra --criteria -q --hosts=ansible://llm_servers --ansible-inventory=$(INVENTORY)
+
+docs: venv ## write the roles' READMEs anew from their argument_specs
+	$(BIN)/python tools/role_readme.py
+
+lock: venv ## resolve and lock all requirements anew
+	files/requirements/lock.sh
+
+bench: venv ## time of a site.yml that has nothing to change, by role and task
+	$(BIN)/python tools/profile_play.py
