@@ -90,7 +90,8 @@ def tags_of(role: str) -> list[str]:
 
 def words(template: str) -> tuple[set[str], set[str]]:
     """(variables, attributes and string constants) of a Jinja template; comments and plain text do not count."""
-    tree = Environment(autoescape=True).parse(template)
+    # Ansible takes a backslash in a YAML string as it stands; Jinja alone would read an escape.
+    tree = Environment(autoescape=True).parse(template.replace("\\", "\\\\"))
     names = {node.name for node in tree.find_all(nodes.Name)}
     others = {node.attr for node in tree.find_all(nodes.Getattr)}
     others |= {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)}

@@ -47,7 +47,7 @@ def lab_commands() -> set[str]:
 
 @DOCS
 def test_make_targets_exist(page: Path) -> None:
-    named = {name for piece in code(page) for name in re.findall(r"(?:^|[\s;&(])make ([a-z][a-z_-]*)", piece)}
+    named = {name for piece in code(page) for name in re.findall(r"(?:^|[\s;&(])make ([a-z][a-z0-9]*)", piece)}
     assert named - make_targets() == set()
 
 

@@ -53,7 +53,7 @@ def test_no_registry_of_this_machine_is_named() -> None:
 
 
 def test_no_path_of_this_machine_is_named() -> None:
-    paths = [str(ROOT), str(Path.home() / ".cache"), str(Path.home() / ".ssh")]
+    paths = [str(ROOT), str(Path.home() / ".cache")]
     assert [line for path in paths if path != "/" for line in found(re.escape(path) + r"\b")] == []
 
 
