@@ -19,7 +19,7 @@ def changes(output: str) -> int:
 def test_check_mode_on_a_host_that_has_nothing(lab: Lab) -> None:
     lab.run("lab/lab", "up", "--bare", SPARE)
     try:
-        output = lab.play("playbooks/site.yml", "--check", "--diff", "--limit", SPARE, "-e", "llm_servers_group=spare_servers")
+        output = lab.play("playbooks/site.yml", "--check", "--diff", "-i", "lab/second.yml", "--limit", SPARE)
         assert changes(output) > 0
         assert lab.ssh("ls -d /opt/citadel /etc/citadel-llm", host=SPARE, check=False).count("No such file") == 2
     finally:

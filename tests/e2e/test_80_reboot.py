@@ -1,0 +1,55 @@
+"""The host is rebooted: everything comes back, at most two engines starting at a time. Then the lab is taken down and nothing is left."""
+
+import os
+import subprocess
+from pathlib import Path
+
+from .conftest import HOST, MODELS, REPO, Lab, engine
+
+BOOT_SECONDS = 900
+
+
+def test_reboot_brings_everything_back_in_order(lab: Lab) -> None:
+    before = lab.ssh("cat /proc/sys/kernel/random/boot_id; systemctl show -p UserspaceTimestampMonotonic --value")
+    lab.ssh("systemctl reboot", check=False)
+    lab.wait_until(
+        "the host is up again",
+        lambda: lab.ssh("systemctl show -p UserspaceTimestampMonotonic --value", check=False) not in {before.splitlines()[-1], ""},
+        120,
+    )
+    most = 0
+
+    def all_active() -> bool:
+        nonlocal most
+        states = [lab.show(engine(model), "ActiveState") for model in MODELS]
+        most = max(most, states.count("activating"))
+        return states == ["active"] * len(MODELS)
+
+    lab.wait_until("every engine is active", all_active, BOOT_SECONDS, pause=3)
+    assert 0 < most <= 4
+    lab.wait_until("every model generates", lambda: all(lab.generates(model) for model in MODELS), 60)
+
+
+def leftovers() -> str:
+    """What belongs to the lab and is on this machine."""
+    mounts = [line for line in Path("/proc/self/mounts").read_text().splitlines() if "citadel-lab" in line]
+    groups = [str(path) for path in Path("/sys/fs/cgroup").rglob("lab-*") if path.is_dir()]
+    loops = subprocess.run(["losetup", "-a"], text=True, capture_output=True, check=False).stdout.splitlines()
+    spaces = subprocess.run(["ip", "netns", "list"], text=True, capture_output=True, check=False).stdout.splitlines()
+    processes = [
+        path.name
+        for path in Path("/proc").glob("[0-9]*")
+        if path.joinpath("cmdline").exists() and b"systemd-nspawn" in path.joinpath("cmdline").read_bytes()
+    ]
+    return "\n".join([*mounts, *groups, *loops, *(s for s in spaces if "citadel-lab" in s), *processes])
+
+
+def test_down_leaves_nothing(lab: Lab) -> None:
+    """Only where this run may take the lab down: CI says so with CI=true."""
+    if os.environ.get("CI") != "true":
+        return
+    assert leftovers()
+    lab.run("lab/lab", "down")
+    assert HOST not in "".join(path.name for path in Path("/run").glob("citadel-lab/hosts/*"))
+    left = leftovers().replace("citadel-lab", "") if (REPO / ".ci").exists() else leftovers()
+    assert left == ""
