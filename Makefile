@@ -69,7 +69,7 @@ e2e: tools venv ## the end-to-end tests on the lab
 	lab/lab exec pytest tests/e2e -v
 
 validate: venv ## ask every product whether it answers: make validate INVENTORY=inventory/production
-	@$(if $(findstring inventory/lab,$(INVENTORY)),lab/lab exec) pytest tests/infra --criteria -q --hosts=ansible://llm_servers --ansible-inventory=$(INVENTORY)
+	@$(if $(findstring inventory/lab,$(INVENTORY)),lab/lab exec) pytest -q --no-header --tb=no -rN --criteria -p no:cacheprovider tests/infra --hosts=ansible://llm_servers --ansible-inventory=$(INVENTORY)
 
 docs: venv ## write the roles' READMEs anew from their argument_specs
 	$(BIN)/python tools/role_readme.py
