@@ -13,7 +13,9 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-LEFT_OUT = {"__pycache__", ".git", ".venv", "build", "dist", ".pytest_cache", ".mypy_cache", ".ruff_cache", "tests"}
+# What never reaches a wheel: anywhere in a tree, and at its top.
+ANYWHERE = {"__pycache__", ".mypy_cache", ".pytest_cache", ".ruff_cache"}
+AT_THE_TOP = {".git", ".venv", "build", "dist", "tests"}
 
 
 class WheelError(Exception):
@@ -30,7 +32,8 @@ class Built:
 def files(source: Path) -> Iterator[Path]:
     """What can reach the wheel, in a fixed order."""
     for directory, names, found in os.walk(source):
-        names[:] = sorted(name for name in names if name not in LEFT_OUT and not name.endswith(".egg-info"))
+        left_out = ANYWHERE | AT_THE_TOP if Path(directory) == source else ANYWHERE
+        names[:] = sorted(name for name in names if name not in left_out)
         for name in sorted(found):
             if not name.endswith((".pyc", ".swp")):
                 yield Path(directory) / name
