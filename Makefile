@@ -26,9 +26,10 @@ venv: $(STAMP) ## the control node's tools in .venv, from the hash-locked requir
 
 .venv/.complete-%:
 	@echo "making .venv"
-	@rm -rf .venv && $(PYTHON) -m venv .venv
+	@test -x $(BIN)/pip || $(PYTHON) -m venv --clear .venv
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r files/requirements/installer.txt
-	@$(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes -r requirements.txt
+	@$(BIN)/uv pip sync --quiet --python $(BIN)/python --require-hashes requirements.txt
+	@rm -f .venv/.complete-*
 	@touch $@
 
 lab: tools venv ## boot the lab, run site.yml on it, and print a curl that answers

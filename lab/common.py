@@ -37,7 +37,7 @@ class Host:
 
 @dataclass(frozen=True)
 class Layer:
-    """What ``play`` leaves on a fresh machine; ``key``: the paths whose content decides whether a kept layer still fits.
+    """What ``play`` leaves on a fresh machine; ``key``: the paths whose content decides whether it still fits.
 
     ``host`` is the inventory's host that the play takes the builder for, ``address`` where the builder is.
     """
@@ -74,7 +74,8 @@ _SETTINGS = _load()
 NETWORK = Network(**_SETTINGS["network"])
 HOSTS = {name: Host(name, **data) for name, data in _SETTINGS["hosts"].items()}
 LAYERS = {
-    name: Layer(name, data["host"], data["address"], tuple(data["play"]), tuple(data["key"])) for name, data in _SETTINGS["layers"].items()
+    name: Layer(name, data["host"], data["address"], tuple(data["play"]), tuple(data["key"]))
+    for name, data in _SETTINGS["layers"].items()
 }
 BASE_PACKAGES: list[str] = _SETTINGS["base"]["packages"]
 
@@ -90,7 +91,12 @@ def host_named(name: str) -> Host:
 def run(command: Sequence[str | Path], **options: Any) -> subprocess.CompletedProcess[str]:
     """Run a command and return it with its output as text; a failure becomes a LabError with the end of that output."""
     done = subprocess.run(
-        [str(word) for word in command], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False, **options
+        [str(word) for word in command],
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        check=False,
+        **options,
     )
     if done.returncode:
         raise LabError(f"{' '.join(map(str, command))} ended with status {done.returncode}:\n{done.stdout[-3000:]}")
@@ -106,6 +112,8 @@ def digest_of(paths: Sequence[Path], *words: str) -> str:
     """Twelve hex digits over the content of files and folders and over words."""
     total = hashlib.sha256("\0".join(words).encode())
     for top in paths:
-        for path in sorted(p for p in top.rglob("*") if p.is_file() and "__pycache__" not in p.parts) if top.is_dir() else [top]:
+        for path in (
+            sorted(p for p in top.rglob("*") if p.is_file() and "__pycache__" not in p.parts) if top.is_dir() else [top]
+        ):
             total.update(str(path.relative_to(REPO)).encode() + b"\0" + path.read_bytes() + b"\0")
     return total.hexdigest()[:12]

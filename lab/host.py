@@ -1,9 +1,10 @@
 """Boot and stop one host: systemd-nspawn on an overlay root, in the lab's network, in control groups of its own.
 
-One supervisor process a host holds everything that must not outlive it: its mount namespace has the overlay, its death ends nspawn, and
-with it the host. What is known of a running host stands in RUN/hosts/<name>.json.
+One supervisor process a host holds everything that must not outlive it: its mount namespace has the overlay, its
+death ends nspawn, and with it the host. What is known of a running host stands in RUN/hosts/<name>.json.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -74,12 +75,12 @@ def _own_cgroups() -> Iterator[Path]:
             mounts[""] = mount
     for line in Path("/proc/self/cgroup").read_text().splitlines():
         _, controllers, path = line.split(":", 2)
-        if (mount := mounts.get(controllers.split(",")[0])) is not None:
-            yield Path(mount + path)
+        if (top := mounts.get(controllers.split(",")[0])) is not None:
+            yield Path(top + path)
 
 
 def _make_cgroups(name: str) -> list[str]:
-    """A group for this host below our own in every hierarchy: two hosts in one group would see and end each other's services."""
+    """A group for this host below ours in every hierarchy: in one group two hosts would end each other's services."""
     made = []
     for parent in _own_cgroups():
         group = parent / f"lab-{name}"
@@ -132,8 +133,14 @@ def _seed(upper: Path, host: Host) -> None:
     put("etc/hosts", f"127.0.0.1 localhost\n::1 localhost\n{host.address} {host.name}\n")
     put("etc/machine-id", "")
     put("etc/resolv.conf", "# The lab has no name server: packages come through the proxy, hosts by /etc/hosts.\n")
-    put("etc/systemd/network/90-lab.network", f"[Match]\nName=host0\n[Network]\nAddress={host.address}/{NETWORK.prefix}\nGateway={NETWORK.gateway}\nIPv6AcceptRA=no\n")  # noqa: E501
-    put("etc/apt/apt.conf.d/90lab-proxy", f'Acquire::http::Proxy "{NETWORK.proxy}";\nAcquire::https::Proxy "{NETWORK.proxy}";\n')
+    put(
+        "etc/systemd/network/90-lab.network",
+        f"[Match]\nName=host0\n[Network]\nAddress={host.address}/{NETWORK.prefix}\nGateway={NETWORK.gateway}\nIPv6AcceptRA=no\n",
+    )
+    put(
+        "etc/apt/apt.conf.d/90lab-proxy",
+        f'Acquire::http::Proxy "{NETWORK.proxy}";\nAcquire::https::Proxy "{NETWORK.proxy}";\n',
+    )
     put("etc/ssh/sshd_config.d/lab.conf", "UseDNS no\n")
     put("root/.ssh/authorized_keys", SSH_KEY.with_suffix(".pub").read_text(), 0o600)
     (upper / "root").chmod(0o700)
@@ -142,10 +149,14 @@ def _seed(upper: Path, host: Host) -> None:
 
 
 def _free_loops(count: int) -> list[str]:
-    """Loop devices that nobody uses, highest numbers first (a host finds them by name, the machine takes the lowest)."""
+    """Loop devices that nobody uses, highest numbers first: the machine itself takes the lowest."""
     used = {line.split(":")[0] for line in run(["losetup", "-a"]).stdout.splitlines()} if count else set()
     lent = {device for other in recorded() for device in other.loops}
-    free = [f"/dev/loop{n}" for n in range(7, 0, -1) if f"/dev/loop{n}" not in used | lent and Path(f"/dev/loop{n}").exists()]
+    free = [
+        f"/dev/loop{n}"
+        for n in range(7, 0, -1)
+        if f"/dev/loop{n}" not in used | lent and Path(f"/dev/loop{n}").exists()
+    ]
     if len(free) < count:
         raise LabError(f"{count} free loop devices are needed, {len(free)} are left (see losetup -a)")
     return free[:count]
@@ -163,7 +174,7 @@ def _nspawn_command(host: Host, root: Path, loops: list[str]) -> list[str]:
 
 
 def _supervise(host: Host, folder: Path, lower: list[Path], groups: list[str], loops: list[str]) -> None:
-    """Body of the supervisor process: mount the root where nobody else sees it, run the host, again after each reboot."""
+    """The supervisor process: mount the root where nobody else sees it, run the host, again after each reboot."""
     os.setsid()
     log = os.open(folder / "console.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(os.open("/dev/null", os.O_RDONLY), 0)
@@ -186,14 +197,14 @@ def _supervise(host: Host, folder: Path, lower: list[Path], groups: list[str], l
     environment = os.environ | {"SYSTEMD_NSPAWN_API_VFS_WRITABLE": "network"}
     command = _nspawn_command(host, folder / "root", loops)
     while True:
-        with subprocess.Popen(command, env=environment, preexec_fn=prepare) as process:  # noqa: PLW1509  one thread
+        with subprocess.Popen(command, env=environment, preexec_fn=prepare) as process:
             status = process.wait()
         if status != REBOOT_STATUS:
             return
 
 
 def up(host: Host, lower: list[Path]) -> None:
-    """Boot a host on the given layers (uppermost first) and wait until its systemd says that it is up. Raises LabError."""
+    """Boot a host on the given layers (uppermost first) and wait until its systemd is up. Raises LabError."""
     if (found := running(host.name)) and found.alive():
         return
     down(host.name)
@@ -206,7 +217,7 @@ def up(host: Host, lower: list[Path]) -> None:
     if pid == 0:
         try:
             _supervise(host, folder, lower, groups, loops)
-        except BaseException:  # noqa: BLE001  nothing may run on in the copy of the caller
+        except BaseException:
             traceback.print_exc()
         os._exit(0)
     STATES.mkdir(parents=True, exist_ok=True)
@@ -226,7 +237,9 @@ def _wait_until_up(host: Host, folder: Path, pid: int) -> None:
         if os.waitpid(pid, os.WNOHANG)[0]:
             raise LabError(f"{host.name} did not boot:\n{(folder / 'console.log').read_text()[-2000:]}")
         if greets(host.address):
-            done = subprocess.run(ssh_command(host, ["systemctl is-system-running --wait"]), capture_output=True, text=True, check=False)
+            done = subprocess.run(
+                ssh_command(host, ["systemctl is-system-running --wait"]), capture_output=True, text=True, check=False
+            )
             if done.stdout.strip() in {"running", "degraded"}:
                 return
         time.sleep(0.1)
@@ -236,9 +249,7 @@ def _wait_until_up(host: Host, folder: Path, pid: int) -> None:
 def greets(address: str) -> bool:
     """Whether an SSH server answers there, asked from inside the lab's network."""
     probe = (
-        "import socket,sys\n"
-        "s=socket.create_connection((sys.argv[1],22),0.5)\n"
-        "sys.exit(0 if s.recv(3)==b'SSH' else 1)"
+        "import socket,sys\ns=socket.create_connection((sys.argv[1],22),0.5)\nsys.exit(0 if s.recv(3)==b'SSH' else 1)"
     )
     command = inside_command(["python3", "-c", probe, address])
     return subprocess.run(command, stderr=subprocess.DEVNULL, check=False).returncode == 0
@@ -251,7 +262,13 @@ def inside_command(command: list[str]) -> list[str]:
 
 def ssh_command(host: Host, command: list[str]) -> list[str]:
     """An ssh call to a host as root; host keys are new at each boot, so none is remembered."""
-    options = ["StrictHostKeyChecking=no", "UserKnownHostsFile=/dev/null", "LogLevel=ERROR", "IdentitiesOnly=yes", "ConnectTimeout=5"]
+    options = [
+        "StrictHostKeyChecking=no",
+        "UserKnownHostsFile=/dev/null",
+        "LogLevel=ERROR",
+        "IdentitiesOnly=yes",
+        "ConnectTimeout=5",
+    ]
     flags = [word for option in options for word in ("-o", option)]
     return inside_command(["ssh", "-i", str(SSH_KEY), *flags, f"root@{host.address}", *command])
 
@@ -304,10 +321,8 @@ def _wait_for_end(state: Running, seconds: float) -> None:
     while state.alive():
         if time.monotonic() > end:
             _kill(state.pid, signal.SIGKILL)
-        try:
+        with contextlib.suppress(ChildProcessError):  # booted by another `lab/lab`: not ours to reap
             os.waitpid(state.pid, os.WNOHANG)
-        except ChildProcessError:
-            pass  # booted by another `lab/lab`: not ours to reap
         time.sleep(0.05)
 
 

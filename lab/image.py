@@ -1,4 +1,4 @@
-"""What hosts are made of: base images, layers, the wheelhouse, the tiny models. All of it is kept in the cache folder."""
+"""What hosts are made of: base images, layers, the wheelhouse, the tiny models. All is kept in the cache folder."""
 
 import os
 import re
@@ -9,7 +9,22 @@ from collections.abc import Callable
 from pathlib import Path
 
 import tiny_models
-from common import BASE_PACKAGES, CACHE, KEY_FILE, LAB, LAYERS, REPO, SSH_KEY, STATE, VENV, Host, Layer, digest_of, run, say
+from common import (
+    BASE_PACKAGES,
+    CACHE,
+    KEY_FILE,
+    LAB,
+    LAYERS,
+    REPO,
+    SSH_KEY,
+    STATE,
+    VENV,
+    Host,
+    Layer,
+    digest_of,
+    run,
+    say,
+)
 
 BASES = CACHE / "base"
 LAYERS_DIR = CACHE / "layers"
@@ -24,7 +39,10 @@ MASKED = ("apt-daily.timer", "apt-daily-upgrade.timer", "systemd-networkd-wait-o
 def _apt_sources(release: str) -> str:
     """This machine's package sources, for another release if need be."""
     texts = [p.read_text() for p in sorted(Path("/etc/apt/sources.list.d").glob("debian*.sources"))]
-    text = "\n".join(texts) or "Types: deb\nURIs: http://deb.debian.org/debian\nSuites: bookworm bookworm-updates\nComponents: main\n"
+    text = (
+        "\n".join(texts)
+        or "Types: deb\nURIs: http://deb.debian.org/debian\nSuites: bookworm bookworm-updates\nComponents: main\n"
+    )
     return re.sub(r"\b(bookworm|trixie)\b", release, text)
 
 
@@ -82,8 +100,8 @@ def wheelhouse() -> None:
     say("downloading wheels into the wheelhouse (3 GB the first time)")
     WHEELHOUSE.mkdir(parents=True, exist_ok=True)
     for lock in locks:
-        run([VENV / "bin" / "python", "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes", "--only-binary=:all:",
-             "--dest", WHEELHOUSE, "--requirement", lock])  # fmt: skip
+        pip: list[str | Path] = [VENV / "bin" / "python", "-m", "pip", "download", "--quiet", "--dest", WHEELHOUSE]
+        run([*pip, "--no-deps", "--require-hashes", "--only-binary=:all:", "--requirement", lock])
     stamp.touch()
 
 

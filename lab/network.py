@@ -81,7 +81,9 @@ def remove() -> None:
         return
     keep = _ancestors()
     for attempt in range(40):
-        left = [pid for pid in map(int, run(["ip", "netns", "pids", NETWORK.namespace]).stdout.split()) if pid not in keep]
+        left = [
+            pid for pid in map(int, run(["ip", "netns", "pids", NETWORK.namespace]).stdout.split()) if pid not in keep
+        ]
         if not left:
             break
         for pid in left:

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Package proxy of the lab: the hosts' only way out, and only to the registries that this machine itself is set up with.
+"""Package proxy of the lab: the hosts' only way out, and only to the registries that this machine is set up with.
 
-It listens inside the lab's network and connects from the machine's. Debian packages are kept in the cache folder: they never change
-under one name. Started and ended by `lab/lab`; run by hand it prints the registries: ``proxy.py --print``.
+It listens inside the lab's network and connects from the machine's. Debian packages are kept in the cache folder:
+they never change under one name. Started and ended by `lab/lab`; ``proxy.py --print`` prints the registries.
 """
 
 import hashlib
@@ -36,7 +36,9 @@ def registries() -> set[str]:
         if source.suffix in {".list", ".sources"} and source.is_file():
             lines = [line for line in source.read_text().splitlines() if not line.lstrip().startswith("#")]
             urls += re.findall(r"https?://[^\s\]]+", "\n".join(lines))
-    listed = subprocess.run([sys.executable, "-m", "pip", "config", "list"], text=True, capture_output=True, check=False).stdout
+    listed = subprocess.run(
+        [sys.executable, "-m", "pip", "config", "list"], text=True, capture_output=True, check=False
+    ).stdout
     for line in listed.splitlines():
         name, _, value = line.partition("=")
         if name.endswith("index-url"):
@@ -51,7 +53,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     allowed: frozenset[str] = frozenset()
 
-    def log_message(self, format: str, *args: object) -> None:
+    def log_message(self, *args: object) -> None:
         """Say nothing: the client sees the status."""
 
     def do_GET(self) -> None:

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Make the lab's tiny models: the four real architectures with random weights from a fixed seed.
 
-Standard library only, so that the controller needs no torch. Every model has its own folder with ``config.json``, ``model.safetensors``
-(bfloat16), a byte-level tokenizer of 259 tokens and a chat template, about a megabyte each. They talk nonsense, through the same code
-as the full-size models.
+Standard library only, so that the controller needs no torch. Every model has its own folder with ``config.json``,
+``model.safetensors`` (bfloat16), a byte-level tokenizer of 259 tokens and a chat template, about a megabyte each.
+They talk nonsense, through the same code as the full-size models.
 
     tiny_models.py OUTDIR [--seed N]
 """
@@ -22,7 +22,10 @@ HEAD_DIM = HIDDEN // HEADS
 SPECIAL = ["<s>", "</s>", "<pad>"]
 VOCAB = len(SPECIAL) + 256
 EXPERTS = 4
-TEMPLATE = "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}"
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant] {% endif %}"
+)
 
 COMMON: dict[str, Any] = {
     "hidden_size": HIDDEN,
@@ -137,7 +140,15 @@ def tokenizer() -> dict[str, Any]:
         "truncation": None,
         "padding": None,
         "added_tokens": [
-            {"id": i, "content": t, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+            {
+                "id": i,
+                "content": t,
+                "single_word": False,
+                "lstrip": False,
+                "rstrip": False,
+                "normalized": False,
+                "special": True,
+            }
             for i, t in enumerate(SPECIAL)
         ],
         "normalizer": None,
@@ -191,7 +202,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("outdir", type=Path)
     parser.add_argument("--seed", type=int, default=7)
-    parser.add_argument("--only", choices=sorted(MODELS), action="append", help="make this model only (may be given again)")
+    parser.add_argument(
+        "--only", choices=sorted(MODELS), action="append", help="make this model only (may be given again)"
+    )
     args = parser.parse_args()
     for name in args.only or MODELS:
         write(args.outdir / name, name, args.seed)

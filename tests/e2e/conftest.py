@@ -1,4 +1,4 @@
-"""End-to-end tests: the real services on the lab, from the controller inside the lab's network (`lab/lab exec pytest tests/e2e`)."""
+"""End-to-end tests: the real services on the lab, from inside its network (`lab/lab exec pytest tests/e2e`)."""
 
 import json
 import subprocess
@@ -28,7 +28,9 @@ class Lab:
         done = subprocess.run(
             command, cwd=REPO, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=timeout, check=False
         )
-        assert not check or done.returncode == 0, f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout[-6000:]}"
+        assert not check or done.returncode == 0, (
+            f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout[-6000:]}"
+        )
         return done.stdout
 
     def play(self, playbook: str, *options: str, check: bool = True) -> str:
@@ -85,9 +87,13 @@ def recap(output: str) -> dict[str, dict[str, int]]:
 @pytest.fixture(scope="session")
 def lab() -> Lab:
     """The lab, converged: booted and played if need be, as `make lab` does."""
-    lab = Lab(key=subprocess.run(["lab/lab", "key"], cwd=REPO, text=True, capture_output=True, check=True).stdout.strip())
+    lab = Lab(
+        key=subprocess.run(["lab/lab", "key"], cwd=REPO, text=True, capture_output=True, check=True).stdout.strip()
+    )
     lab.run("lab/lab", "up", timeout=1800)
-    if "citadel-llm.target" not in lab.ssh("systemctl list-units --no-legend --state=active citadel-llm.target", check=False):
+    if "citadel-llm.target" not in lab.ssh(
+        "systemctl list-units --no-legend --state=active citadel-llm.target", check=False
+    ):
         lab.play("playbooks/site.yml")
     return lab
 
@@ -100,8 +106,8 @@ def client(lab: Lab) -> Iterator[OpenAI]:
 
 
 @pytest.fixture
-def changed_models(lab: Lab, tmp_path: Path) -> Iterator[Callable[[str], list[str]]]:
-    """Options for a play that sees other models: an expression over the inventory's ``llm_models``. Undone afterwards by the test itself."""
+def changed_models(lab: Lab, tmp_path: Path) -> Callable[[str], list[str]]:
+    """Options for a play that sees other models: an expression over the inventory's ``llm_models``."""
 
     def options(expression: str) -> list[str]:
         file = tmp_path / "models.json"
@@ -112,4 +118,4 @@ def changed_models(lab: Lab, tmp_path: Path) -> Iterator[Callable[[str], list[st
         file.write_text(json.dumps({"llm_models": eval(expression, {"models": models})}))  # noqa: S307  our own words, in the test
         return ["-e", f"@{file}"]
 
-    yield options
+    return options

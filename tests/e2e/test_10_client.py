@@ -1,12 +1,13 @@
 """The official client works unchanged."""
 
-import httpx
+import httpx2
 import pytest
 from openai import AuthenticationError, BadRequestError, NotFoundError, OpenAI
+from openai.types.chat import ChatCompletionMessageParam
 
 from .conftest import MODELS, URL, Lab
 
-MESSAGES = [{"role": "user", "content": "Say something."}]
+MESSAGES: list[ChatCompletionMessageParam] = [{"role": "user", "content": "Say something."}]
 
 
 def test_lists_the_models_by_their_names(client: OpenAI) -> None:
@@ -30,13 +31,19 @@ def test_streams(client: OpenAI, model: str) -> None:
 
 @pytest.mark.parametrize("model", MODELS)
 def test_completes_plain_text(client: OpenAI, model: str) -> None:
-    assert client.completions.create(model=model, prompt="Once", max_tokens=4).choices[0].finish_reason in {"length", "stop"}
+    assert client.completions.create(model=model, prompt="Once", max_tokens=4).choices[0].finish_reason in {
+        "length",
+        "stop",
+    }
 
 
 def test_needs_a_key() -> None:
-    with OpenAI(base_url=f"{URL}/v1", api_key="sk-wrong", max_retries=0) as stranger, pytest.raises(AuthenticationError):
+    with (
+        OpenAI(base_url=f"{URL}/v1", api_key="sk-wrong", max_retries=0) as stranger,
+        pytest.raises(AuthenticationError),
+    ):
         stranger.models.list()
-    assert httpx.get(f"{URL}/v1/models", trust_env=False).status_code == 401
+    assert httpx2.get(f"{URL}/v1/models", trust_env=False).status_code == 401
 
 
 def test_unknown_model_and_bad_requests_are_errors_of_the_api(client: OpenAI) -> None:

@@ -5,7 +5,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
-import httpx
+import httpx2
 import pytest
 
 from .conftest import HOST, MODELS, URL, Lab, engine
@@ -21,14 +21,16 @@ def port_of(lab: Lab, model: str) -> int:
 @pytest.mark.parametrize("user", ["nobody", "root"])
 def test_other_users_of_the_host_are_refused(lab: Lab, user: str) -> None:
     for model in MODELS:
-        out = lab.ssh(f"runuser -u {user} -- python3 -c '{FETCH}' http://127.0.0.1:{port_of(lab, model)}/health", check=False)
+        out = lab.ssh(
+            f"runuser -u {user} -- python3 -c '{FETCH}' http://127.0.0.1:{port_of(lab, model)}/health", check=False
+        )
         assert "refused" in out, f"{user} reached {model}: {out}"
 
 
 def test_engines_do_not_listen_outside(lab: Lab) -> None:
     for model in MODELS:
-        with pytest.raises(httpx.ConnectError):
-            httpx.get(f"http://10.77.0.29:{port_of(lab, model)}/health", trust_env=False)
+        with pytest.raises(httpx2.ConnectError):
+            httpx2.get(f"http://10.77.0.29:{port_of(lab, model)}/health", trust_env=False)
 
 
 def test_unit_is_hardened(lab: Lab) -> None:
@@ -41,9 +43,13 @@ def test_full_queue_is_503_with_retry_after(lab: Lab) -> None:
     """More requests than the engine's queue holds: those too many are told to come back, the others are answered."""
     body = {"model": "phi-3-mini", "prompt": "x", "max_tokens": 400, "ignore_eos": True}
 
-    def ask(_: int) -> httpx.Response:
-        return httpx.post(
-            f"{URL}/v1/completions", json=body, headers={"Authorization": f"Bearer {lab.key}"}, timeout=180, trust_env=False
+    def ask(_: int) -> httpx2.Response:
+        return httpx2.post(
+            f"{URL}/v1/completions",
+            json=body,
+            headers={"Authorization": f"Bearer {lab.key}"},
+            timeout=180,
+            trust_env=False,
         )
 
     with ThreadPoolExecutor(64) as pool:

@@ -47,7 +47,10 @@ def test_play_killed_half_way_and_run_again(lab: Lab, changed_models: Callable[[
     before = lab.pids()
     options = changed_models("[m | {'description': 'changed by a test'} for m in models]")
     process = subprocess.Popen(
-        ["lab/lab", "play", "playbooks/gateway.yml", *options], cwd=REPO, stdout=subprocess.DEVNULL, start_new_session=True
+        ["lab/lab", "play", "playbooks/gateway.yml", *options],
+        cwd=REPO,
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
     )
     time.sleep(6)
     os.killpg(process.pid, signal.SIGKILL)
@@ -59,7 +62,7 @@ def test_play_killed_half_way_and_run_again(lab: Lab, changed_models: Callable[[
 
 
 def test_misspelt_names_are_refused(lab: Lab, changed_models: Callable[[str], list[str]]) -> None:
-    """A key that no model has, and a port given twice: refused before the first change, with the name in the message."""
+    """A key that no model has, and a port given twice: refused before the first change, by name."""
     output = lab.play("playbooks/vllm.yml", *changed_models("[m | {'contxt': 1} for m in models]"), check=False)
     assert "contxt" in output
     assert recap(output)[HOST]["failed"] == 1

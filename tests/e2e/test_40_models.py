@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable
 
-import httpx
+import httpx2
 from openai import OpenAI
 
 from .conftest import HOST, MODELS, URL, Lab, engine, recap
@@ -20,9 +20,14 @@ def test_a_fifth_model_is_one_entry_and_goes_without_a_trace(
     assert lab.generates("fifth")
     assert lab.pids() == before
 
-    lab.play("playbooks/vllm.yml", *changed_models("[*models, models[-1] | {'name': 'fifth', 'port': 11404, 'state': 'absent'}]"))
+    lab.play(
+        "playbooks/vllm.yml",
+        *changed_models("[*models, models[-1] | {'name': 'fifth', 'port': 11404, 'state': 'absent'}]"),
+    )
     assert sorted(model.id for model in client.models.list()) == sorted(MODELS)
-    left = lab.ssh("find /etc /var/log /var/lib /var/cache /run /opt/citadel/bin -name '*fifth*' 2>/dev/null", check=False)
+    left = lab.ssh(
+        "find /etc /var/log /var/lib /var/cache /run /opt/citadel/bin -name '*fifth*' 2>/dev/null", check=False
+    )
     assert left == ""
     assert "fifth" not in lab.ssh("systemctl list-units --all --no-legend 'citadel-llm@*'")
     assert lab.pids() == before
@@ -55,7 +60,7 @@ def test_operators_drain_is_seen_by_clients(lab: Lab) -> None:
     body = {"model": "hermes-2", "prompt": "x", "max_tokens": 1}
     lab.play("playbooks/ops/drain_model.yml", "-e", "model=hermes-2")
     try:
-        reply = httpx.post(f"{URL}/v1/completions", json=body, headers=headers, trust_env=False)
+        reply = httpx2.post(f"{URL}/v1/completions", json=body, headers=headers, trust_env=False)
         assert reply.status_code == 503
         assert int(reply.headers["retry-after"]) >= 1
         assert json.loads(reply.text)["error"]["message"]

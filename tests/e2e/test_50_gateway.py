@@ -3,7 +3,7 @@
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
-import httpx
+import httpx2
 
 from .conftest import REPO, URL, Lab
 
@@ -19,21 +19,23 @@ def test_upgrade_under_open_streams(lab: Lab) -> None:
     stop = threading.Event()
 
     def stream(_: int) -> str:
-        with httpx.Client(timeout=300, trust_env=False, headers=headers) as client:
-            with client.stream("POST", f"{URL}/v1/completions", json=body) as reply:
-                opened.release()
-                if reply.status_code != 200:
-                    return f"status {reply.status_code}"
-                return "whole" if "".join(reply.iter_text()).rstrip().endswith("data: [DONE]") else "cut"
+        with (
+            httpx2.Client(timeout=300, trust_env=False, headers=headers) as client,
+            client.stream("POST", f"{URL}/v1/completions", json=body) as reply,
+        ):
+            opened.release()
+            if reply.status_code != 200:
+                return f"status {reply.status_code}"
+            return "whole" if "".join(reply.iter_text()).rstrip().endswith("data: [DONE]") else "cut"
 
     def knock() -> list[str]:
         """New connections all the while."""
         failed = []
         while not stop.is_set():
             try:
-                if (status := httpx.get(f"{URL}/healthz", trust_env=False, timeout=10).status_code) != 200:
+                if (status := httpx2.get(f"{URL}/healthz", trust_env=False, timeout=10).status_code) != 200:
                     failed.append(str(status))
-            except httpx.HTTPError as error:
+            except httpx2.HTTPError as error:
                 failed.append(repr(error))
             stop.wait(0.05)
         return failed
@@ -62,4 +64,4 @@ def test_going_back_is_the_same(lab: Lab) -> None:
     releases = lab.ssh("ls -d /opt/citadel/envs/gateway-*").split()
     lab.play("playbooks/gateway.yml")
     assert set(lab.ssh("ls -d /opt/citadel/envs/gateway-*").split()) <= set(releases)
-    assert httpx.get(f"{URL}/healthz", trust_env=False).status_code == 200
+    assert httpx2.get(f"{URL}/healthz", trust_env=False).status_code == 200

@@ -3,7 +3,7 @@
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-import httpx
+import httpx2
 import pytest
 
 from .conftest import MODELS, URL, Lab, engine
@@ -16,15 +16,16 @@ FROZEN = "phi-3-mini"
 def processes(lab: Lab, model: str) -> dict[int, str]:
     """pid -> command line of everything in the unit's control group."""
     group = lab.show(engine(model), "ControlGroup")
+    files = f"/sys/fs/cgroup/systemd{group}/cgroup.procs /sys/fs/cgroup{group}/cgroup.procs"
     lines = lab.ssh(
-        f"for p in $(cat /sys/fs/cgroup/systemd{group}/cgroup.procs /sys/fs/cgroup{group}/cgroup.procs 2>/dev/null | sort -u);"
+        f"for p in $(cat {files} 2>/dev/null | sort -u);"
         " do echo $p $(tr '\\0' ' ' < /proc/$p/cmdline) $(cat /proc/$p/comm); done"
     ).splitlines()
     return {int(pid): words for pid, _, words in (line.partition(" ") for line in lines)}
 
 
 def one(found: dict[int, str], word: str) -> int:
-    """The process of that kind: vLLM names its engine core and workers in their titles, the API server by its module."""
+    """The process of that kind: vLLM names its core and workers in their titles, the API server by its module."""
     matching = [pid for pid, words in found.items() if word in words and "citadel-engine" not in words]
     assert matching, f"no {word} among {found}"
     return matching[0]
@@ -43,9 +44,11 @@ def killed(lab: Lab) -> dict[str, dict[int, str]]:
 @pytest.mark.parametrize("model", [*VICTIMS, FROZEN])
 def test_engine_comes_back_whole(lab: Lab, killed: dict[str, dict[int, str]], model: str) -> None:
     lab.wait_until(
-        f"{model} was restarted", lambda: not set(killed[model]) & set(processes(lab, model)) , BACK_SECONDS, pause=2
+        f"{model} was restarted", lambda: not set(killed[model]) & set(processes(lab, model)), BACK_SECONDS, pause=2
     )
-    lab.wait_until(f"{model} is active", lambda: lab.show(engine(model), "ActiveState") == "active", BACK_SECONDS, pause=2)
+    lab.wait_until(
+        f"{model} is active", lambda: lab.show(engine(model), "ActiveState") == "active", BACK_SECONDS, pause=2
+    )
     lab.wait_until(f"{model} generates", lambda: lab.generates(model), 60)
     left = lab.ssh(f"ps -o pid= -p {','.join(map(str, killed[model]))}", check=False).split()
     assert left == [], f"of the old generation: {left}"
@@ -59,7 +62,7 @@ def test_engine_at_full_load_is_not_restarted(lab: Lab) -> None:
 
     def hammer(_: int) -> int:
         sent = 0
-        with httpx.Client(timeout=120, trust_env=False, headers={"Authorization": f"Bearer {lab.key}"}) as client:
+        with httpx2.Client(timeout=120, trust_env=False, headers={"Authorization": f"Bearer {lab.key}"}) as client:
             while time.monotonic() < end and sent < 500:
                 sent += 1
                 if client.post(f"{URL}/v1/completions", json=body).status_code == 503:

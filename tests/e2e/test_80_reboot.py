@@ -1,4 +1,4 @@
-"""The host is rebooted: everything comes back, at most two engines starting at a time. Then the lab is taken down and nothing is left."""
+"""The host is rebooted and everything comes back. Then the lab is taken down and nothing is left."""
 
 import os
 import subprocess
@@ -14,7 +14,10 @@ def test_reboot_brings_everything_back_in_order(lab: Lab) -> None:
     lab.ssh("systemctl reboot", check=False)
     lab.wait_until(
         "the host is up again",
-        lambda: lab.ssh("systemctl show -p UserspaceTimestampMonotonic --value", check=False) not in {before.splitlines()[-1], ""},
+        lambda: (
+            lab.ssh("systemctl show -p UserspaceTimestampMonotonic --value", check=False)
+            not in {before.splitlines()[-1], ""}
+        ),
         120,
     )
     most = 0

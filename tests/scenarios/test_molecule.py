@@ -1,4 +1,4 @@
-"""Every molecule scenario, one test each: a fresh host, check mode, converge, idempotence, testinfra. `full` is site.yml on the shared lab."""
+"""Every molecule scenario, one test each. `full` is site.yml on the shared lab."""
 
 import subprocess
 from pathlib import Path

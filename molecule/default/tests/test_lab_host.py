@@ -1,4 +1,4 @@
-"""A lab host is a server as its owner would hand it over: booted, reachable, with nothing of ours, and no way out but the packages."""
+"""A lab host is a server as its owner would hand it over: booted, with nothing of ours, no way out but packages."""
 
 from testinfra.host import Host
 
