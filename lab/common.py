@@ -1,11 +1,13 @@
 """What all parts of the lab share: its settings, its folders, and how it runs commands."""
 
+import contextlib
+import fcntl
 import hashlib
 import os
 import subprocess
 import sys
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,6 +103,15 @@ def run(command: Sequence[str | Path], **options: Any) -> subprocess.CompletedPr
     if done.returncode:
         raise LabError(f"{' '.join(map(str, command))} ended with status {done.returncode}:\n{done.stdout[-3000:]}")
     return done
+
+
+@contextlib.contextmanager
+def building(name: str) -> Iterator[None]:
+    """Only one process at a time makes a thing of the cache; the others wait and then find it."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with (CACHE / f".{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def say(text: str) -> None:

@@ -33,6 +33,7 @@ MODELS = CACHE / "models"
 REQUIREMENTS = REPO / "files" / "requirements"
 WHEEL_SETS = ("installer", "gateway", "cpu")
 DEFAULT_RELEASE = "bookworm"
+BASE_RECIPE = "1"  # raised when the way the base image is built changes
 MASKED = ("apt-daily.timer", "apt-daily-upgrade.timer", "systemd-networkd-wait-online.service")
 
 
@@ -55,9 +56,14 @@ def _apt_options() -> str:
 def base(release: str) -> Path:
     """The root file system of a freshly installed server, made the first time."""
     sources, options = _apt_sources(release), _apt_options()
-    folder = BASES / f"{release}-{digest_of([LAB / 'image.py'], sources, *BASE_PACKAGES)}"
-    if folder.exists():
-        return folder
+    folder = BASES / f"{release}-{digest_of([], BASE_RECIPE, sources, *BASE_PACKAGES)}"
+    with building("base"):
+        if not folder.exists():
+            _build_base(release, folder, sources, options)
+    return folder
+
+
+def _build_base(release: str, folder: Path, sources: str, options: str) -> None:
     say(f"building the base image of {release} (about half a minute)")
     new = folder.with_suffix(".new")
     shutil.rmtree(new, ignore_errors=True)
@@ -81,7 +87,6 @@ def base(release: str) -> Path:
         key.unlink()  # each host makes its own
     _host_keys_at_boot(new)
     new.rename(folder)
-    return folder
 
 
 def _host_keys_at_boot(root: Path) -> None:
@@ -150,6 +155,7 @@ def prepare() -> None:
     sys.dont_write_bytecode = True
     for folder in (WHEELHOUSE, MODELS):
         folder.mkdir(parents=True, exist_ok=True)
-    secrets_of_the_lab()
-    wheelhouse()
-    models()
+    with building("contents"):
+        secrets_of_the_lab()
+        wheelhouse()
+        models()
