@@ -29,6 +29,10 @@ def cell(value: str) -> str:
     return value.replace("|", "\\|")
 
 
+def code(value: Any) -> str:
+    return f"`{value}`" if value != "" else '`""`'
+
+
 def default_of(option: dict[str, Any]) -> str:
     if "default" not in option:
         return "required" if option.get("required") else ""
@@ -46,7 +50,7 @@ def rows(options: dict[str, Any], prefix: str = "") -> Iterator[str]:
             kind = f"{kind} of {option['elements']}"
         words = text(option.get("description"))
         if "choices" in option:
-            words += " One of " + ", ".join(f"`{choice}`" for choice in option["choices"]) + "."
+            words += " One of " + ", ".join(code(choice) for choice in option["choices"]) + "."
         yield f"| `{prefix}{name}` | {kind} | {cell(default_of(option))} | {cell(words)} |"
         if "options" in option:
             yield from rows(option["options"], f"{prefix}{name}{'[]' if option['type'] == 'list' else ''}.")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jinja2 import Environment, nodes
+from jinja2 import Environment, meta, nodes
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PHASES = ("preflight", "install", "configure", "run", "verify")
@@ -96,6 +96,20 @@ def words(template: str) -> tuple[set[str], set[str]]:
     others = {node.attr for node in tree.find_all(nodes.Getattr)}
     others |= {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)}
     return names, others
+
+
+class _Anything(dict[str, Any]):
+    """Filters and tests: Ansible has many that Jinja alone does not know."""
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return super().get(key) or (lambda value: value)
+
+
+def undeclared(template: str) -> set[str]:
+    """The variables that a template takes from outside; its own loop variables do not count."""
+    environment = Environment(autoescape=True)
+    environment.filters, environment.tests = _Anything(environment.filters), _Anything(environment.tests)
+    return meta.find_undeclared_variables(environment.parse(template.replace("\\", "\\\\")))
 
 
 def templates_in(value: Any, *, bare: bool = False) -> Iterator[str]:

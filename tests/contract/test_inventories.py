@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pytest
-from jinja2 import Environment, meta
 
 from tests.contract.repo import (
     INVENTORIES,
@@ -15,6 +14,7 @@ from tests.contract.repo import (
     roles,
     site_variables,
     templates_in,
+    undeclared,
     words,
 )
 
@@ -84,8 +84,7 @@ def test_the_wiring_reads_only_site_variables_of_both_inventories() -> None:
     faults = []
     for name, value in load(WIRING).items():
         for template in templates_in(value):
-            read = meta.find_undeclared_variables(Environment(autoescape=True).parse(template))
-            faults += [f"{name} reads {other}" for other in sorted(read - known)]
+            faults += [f"{name} reads {other}" for other in sorted(undeclared(template) - known)]
     assert faults == []
 
 
