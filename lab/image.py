@@ -21,6 +21,7 @@ from common import (
     VENV,
     Host,
     Layer,
+    building,
     digest_of,
     run,
     say,
