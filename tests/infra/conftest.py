@@ -15,7 +15,7 @@ from testinfra.host import Host
 # Sent to the host's own Python: a request as one of the host's users; the key is read from its file there and is never
 # on a command line.
 _FETCH = """
-import json, os, pwd, urllib.request, urllib.error, sys
+import http.client, json, os, pwd, urllib.request, urllib.error, sys
 a = json.loads(sys.argv[1])
 headers = dict(a["headers"])
 if a["key_file"]:
@@ -32,7 +32,7 @@ try:
         answer = {"status": r.status, "body": r.read().decode("utf-8", "replace"), "headers": dict(r.headers)}
 except urllib.error.HTTPError as e:
     answer = {"status": e.code, "body": e.read().decode("utf-8", "replace"), "headers": dict(e.headers)}
-except OSError as e:
+except (OSError, http.client.HTTPException) as e:
     answer = {"status": 0, "body": str(e), "headers": {}}
 print(json.dumps(answer))
 """
@@ -175,6 +175,6 @@ class Criteria:
             crash = getattr(report.longrepr, "reprcrash", None)
             reason = crash.message if crash else str(report.longrepr)
             for line in reason.removeprefix("AssertionError: ").splitlines()[:3]:
-                terminal.write_line(f"        {line}")
+                terminal.write_line(f"        {line[:300]}")
         elif report.skipped and isinstance(report.longrepr, tuple):
             terminal.write_line(f"        {report.longrepr[2].removeprefix('Skipped: ')}")
