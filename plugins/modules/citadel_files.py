@@ -70,14 +70,12 @@ class RefusalError(Exception):
 class Result:
     changed_paths: list[str] = field(default_factory=list)
     kept: list[str] = field(default_factory=list)
-    before: list[str] = field(default_factory=list)
-    after: list[str] = field(default_factory=list)
+    diff: list[dict[str, str]] = field(default_factory=list)
 
     def note(self, path: str, before: str, after: str) -> None:
         if path not in self.changed_paths:
             self.changed_paths.append(path)
-        self.before += [f"{path}:", *(f"  {line}" for line in before.splitlines())]
-        self.after += [f"{path}:", *(f"  {line}" for line in after.splitlines())]
+        self.diff.append({"before": before, "after": after, "before_header": path, "after_header": path})
 
 
 def mode_of(entry: dict[str, Any], default: str) -> int:
@@ -159,7 +157,7 @@ class Tree:
         try:
             status = path.stat()
         except OSError:
-            self.result.note(entry["path"], "(absent)", f"folder {wanted}")
+            self.result.note(entry["path"], "", f"folder {wanted}\n")
             if self.check:
                 return
             path.mkdir(mode=0o700, parents=True)
@@ -169,7 +167,7 @@ class Tree:
             has = describe(user_name(status.st_uid), group_name(status.st_gid), stat.S_IMODE(status.st_mode))
             if has == wanted:
                 return
-            self.result.note(entry["path"], f"folder {has}", f"folder {wanted}")
+            self.result.note(entry["path"], f"folder {has}\n", f"folder {wanted}\n")
             if self.check:
                 return
         os.chown(path, *self._ids(entry))
@@ -182,7 +180,7 @@ class Tree:
         if any(path.iterdir()):
             self.result.kept.append(f"{entry['path']} is not empty and stays; remove its content by hand")
             return
-        self.result.note(entry["path"], "folder", "(absent)")
+        self.result.note(entry["path"], "folder\n", "")
         if not self.check:
             path.rmdir()
 
@@ -191,7 +189,7 @@ class Tree:
         path = self._at(entry)
         if read(path) == entry.get("content", ""):
             return None
-        self.result.note(entry["path"], read(path) or "(absent)", entry.get("content", ""))
+        self.result.note(entry["path"], read(path) or "", entry.get("content", ""))
         if self.check:
             return None
         path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
@@ -217,7 +215,7 @@ class Tree:
         has = describe(user_name(status.st_uid), group_name(status.st_gid), stat.S_IMODE(status.st_mode))
         wanted = describe(user_name(os.geteuid()), group_name(os.getegid()), mode_of(entry, "0644"))
         if has != wanted:
-            self.result.note(entry["path"], has, wanted)
+            self.result.note(entry["path"], f"{has}\n", f"{wanted}\n")
             if not self.check:
                 os.chown(path, os.geteuid(), os.getegid())
                 path.chmod(mode_of(entry, "0644"))
@@ -225,7 +223,7 @@ class Tree:
     def _remove_file(self, entry: dict[str, Any]) -> None:
         path = self._at(entry)
         if path.is_file() or path.is_symlink():
-            self.result.note(entry["path"], read(path) or "", "(absent)")
+            self.result.note(entry["path"], read(path) or "", "")
             if not self.check:
                 path.unlink()
 
@@ -270,7 +268,7 @@ def main() -> None:
         changed=bool(result.changed_paths),
         changed_paths=result.changed_paths,
         kept=result.kept,
-        diff={"before": "\n".join([*result.before, ""]), "after": "\n".join([*result.after, ""])},
+        diff=result.diff,
     )
 
 

@@ -71,8 +71,9 @@ NOT_A_DISK = ("loop*", "ram*", "zram*", "sr*", "fd*", "dm-*", "md*")
 
 @dataclass
 class Outcome:
-    """What was changed, what could not be, and both states as text for ``--diff``."""
+    """What was changed, what could not be, and what ``--diff`` shows: each file, and the running kernel."""
 
+    files: list[dict[str, str]] = field(default_factory=list)
     before: list[str] = field(default_factory=list)
     after: list[str] = field(default_factory=list)
     not_settable: list[str] = field(default_factory=list)
@@ -81,7 +82,13 @@ class Outcome:
 
     @property
     def changed(self) -> bool:
-        return self.before != self.after
+        return bool(self.files or self.before)
+
+    @property
+    def diff(self) -> list[dict[str, str]]:
+        kernel = {"before": "\n".join([*self.before, ""]), "after": "\n".join([*self.after, ""])}
+        where = "the running kernel"
+        return [*self.files, *([{**kernel, "before_header": where, "after_header": where}] if self.before else [])]
 
 
 def sysctl_path(name: str) -> str:
@@ -231,8 +238,9 @@ class Tunables:
         new = HEADER + body if body else None
         if old == new:
             return
-        self.outcome.before += [f"/{path}:", *(old or "(absent)").splitlines()]
-        self.outcome.after += [f"/{path}:", *(new or "(absent)").splitlines()]
+        where = f"/{path}"
+        change = {"before": old or "", "after": new or "", "before_header": where, "after_header": where}
+        self.outcome.files.append(change)
         if self.check:
             return
         if new is None:
@@ -281,7 +289,7 @@ def main() -> None:
         not_settable=outcome.not_settable,
         overridden=outcome.overridden,
         released=outcome.released,
-        diff={"before": "\n".join(outcome.before) + "\n", "after": "\n".join(outcome.after) + "\n"},
+        diff=outcome.diff,
     )
 
 

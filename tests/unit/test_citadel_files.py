@@ -44,7 +44,7 @@ def test_brings_a_changed_mode_back(tmp_path: Path) -> None:
     apply(tmp_path, directories=[folder()])
     (tmp_path / "opt/models").chmod(0o777)
     result = apply(tmp_path, directories=[folder()])
-    assert f"  folder {ME}:{MINE} 0777" in result.before
+    assert result.diff[0]["before"] == f"folder {ME}:{MINE} 0777\n"
     assert (tmp_path / "opt/models").stat().st_mode & 0o7777 == 0o750
 
 

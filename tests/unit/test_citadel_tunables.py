@@ -54,6 +54,7 @@ def test_check_mode_says_what_would_change_and_changes_nothing(root: Path) -> No
     assert outcome.changed
     assert "sysctl vm.swappiness = 60" in outcome.before
     assert "sysctl vm.swappiness = 10" in outcome.after
+    assert [change["after_header"] for change in outcome.diff] == [f"/{SYSCTL_FILE}", "the running kernel"]
     assert (root / "proc/sys/vm/swappiness").read_text() == "60\n"
     assert not (root / SYSCTL_FILE).exists()
 
