@@ -112,7 +112,7 @@ def fetch(host: Host) -> Callable[..., Answer]:
             "headers": headers or {},
             "timeout": timeout,
         }
-        return Answer(**json.loads(host.check_output("python3 -c %s %s", _FETCH, json.dumps(request))))
+        return Answer(**json.loads(host.check_output("/usr/bin/python3 -c %s %s", _FETCH, json.dumps(request))))
 
     return ask
 
