@@ -1,0 +1,3 @@
+"""Says who it is."""
+
+NAME = "probe"
