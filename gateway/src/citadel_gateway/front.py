@@ -1,0 +1,368 @@
+"""The client's connection: uvicorn's protocol class, with our own way through it.
+
+Requests are answered right here, without ASGI, tasks or coroutines: bytes come in, httptools (strict) finds the
+requests, the gate decides, and an exchange writes the reply. Requests that a client sends ahead of an answer
+(pipelining) wait in line. Time is watched by `tick`, which the worker calls ten times a second for every connection.
+"""
+
+import asyncio
+from collections import deque
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import httptools
+from uvicorn.config import Config
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.server import ServerState
+
+from citadel_gateway.core import Ticket
+from citadel_gateway.errors import Refusal
+from citadel_gateway.headers import status_line
+from citadel_gateway.request import Request
+from citadel_gateway.tunnel import Tunnel
+
+if TYPE_CHECKING:
+    from citadel_gateway.exchange import Exchange
+    from citadel_gateway.gate import Gate
+
+FOREVER = float("inf")
+SLOWEST = 16 * 1024  # bytes a second that a body must come with, beyond the time that headers have
+LINGER = 2.0  # seconds that a connection stays half open after an early answer, so that the client can read it
+POLITE = 256 * 1024  # a refused body up to this size is read to its end, and the connection kept
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+
+
+class Front(HttpToolsProtocol):
+    """One client connection. Subclassed by `bound_to` with the gate it belongs to; uvicorn makes the instances."""
+
+    gate: ClassVar["Gate"]
+
+    def __init__(
+        self,
+        config: Config,
+        server_state: ServerState,
+        app_state: dict[str, Any],
+        _loop: asyncio.AbstractEventLoop | None = None,
+    ) -> None:
+        super().__init__(config, server_state, app_state, _loop)
+        self.parser = httptools.HttpRequestParser(self)  # without the leniency that uvicorn switches on
+        self.request: Request | None = None  # the one that is being read
+        self.current: Request | None = None  # the one that is being answered
+        self.ready: deque[Request] = deque()
+        self.exchange: Exchange | None = None
+        self.tunnel: Tunnel | None = None
+        self.garbage = False  # what follows cannot be understood
+        self.lingering = False
+        self.deadline = FOREVER
+        self.peer = ""
+        self.chunks = True
+
+    # asyncio --------------------------------------------------------------------------------------------------------
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn declares it
+        super().connection_made(transport)
+        self.peer = self.client[0] if self.client else ""
+        gate = self.gate
+        self.deadline = gate.clock() + gate.timeouts.headers
+        if len(self.connections) > gate.limits.connections:
+            self.refuse_connection(Refusal(503, "too_many_connections", "Too many connections", retry_after=1))
+
+    def data_received(self, data: bytes) -> None:
+        if self.tunnel is not None:
+            self.tunnel.from_client(data)
+            return
+        if self.lingering or self.garbage:
+            return
+        if self.request is None and self.exchange is None:
+            self.deadline = self.gate.clock() + self.gate.timeouts.headers
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as upgrade:
+            self.upgraded(data[upgrade.args[0] :])
+            return
+        except httptools.HttpParserError:
+            self.garbage = True
+        request = self.request
+        if request is not None and not request.head_done and self.fed(request, len(data)):
+            request.refusal = too_many_headers()
+            self.garbage = True
+        self.pump()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        exchange, self.exchange = self.exchange, None
+        if exchange is not None:
+            exchange.cancel()
+        if self.tunnel is not None:
+            self.tunnel.close()
+        self.ready.clear()
+        self.request = self.current = None
+        self.lingering = True
+        super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        if self.exchange is not None:
+            self.exchange.client_writable(False)
+        elif self.tunnel is not None:
+            self.tunnel.client_writable(False)
+
+    def resume_writing(self) -> None:
+        if self.exchange is not None:
+            self.exchange.client_writable(True)
+        elif self.tunnel is not None:
+            self.tunnel.client_writable(True)
+
+    # httptools: only collect, decide in `pump` ----------------------------------------------------------------------
+    def on_message_begin(self) -> None:
+        self.request = Request()
+
+    def on_url(self, url: bytes) -> None:
+        if self.request is not None:
+            self.request.target += url
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        request = self.request
+        if request is not None and not request.head_done:  # else a trailer
+            request.header_size += len(name) + len(value) + 4
+            if request.header_size <= self.gate.limits.header_bytes:
+                request.headers.append((name.lower(), value))
+
+    def on_headers_complete(self) -> None:
+        request = self.request
+        if request is None:
+            return
+        parser = self.parser
+        if request.header_size + len(request.target) > self.gate.limits.header_bytes:
+            request.refusal = too_many_headers()
+        request.end_of_head(parser.get_method(), parser.get_http_version(), parser.should_keep_alive())
+
+    def on_body(self, body: bytes) -> None:
+        request = self.request
+        if request is None:
+            return
+        request.size += len(body)
+        if request.refusal is None:
+            if request.size > self.gate.body_limit(request):
+                request.refusal = self.gate.too_large(request)
+                request.parts.clear()
+            else:
+                request.parts.append(body)
+
+    def on_message_complete(self) -> None:
+        request, self.request = self.request, None
+        if request is not None:
+            request.complete = True
+            self.ready.append(request)
+
+    # one request after the other ------------------------------------------------------------------------------------
+    def fed(self, request: Request, size: int) -> bool:
+        """Count the bytes of a head that has no end yet (one endless header never reaches `on_header`)."""
+        request.head_fed += size
+        return request.head_fed > self.gate.limits.header_bytes + 1024
+
+    def pump(self) -> None:
+        """Answer what can be answered now."""
+        while self.exchange is None and not self.lingering:
+            if self.ready:
+                self.current = request = self.ready.popleft()
+                self.chunks = not request.http10
+                self.gate.handle(self, request)
+                continue
+            request_ahead = self.request
+            if self.garbage:
+                refusal = (request_ahead.refusal if request_ahead is not None else None) or not_understood()
+                self.refuse_connection(refusal)
+            elif request_ahead is not None and request_ahead.head_done:
+                self.look_ahead(request_ahead)
+            break
+        if self.exchange is not None and self.ready:
+            self.flow.pause_reading()
+        else:
+            self.flow.resume_reading()
+
+    def look_ahead(self, request: Request) -> None:
+        """Refuse, if it must be, before the body has come: nobody without a key makes us hold one."""
+        now = self.gate.clock()
+        if not request.checked:
+            request.checked = True
+            self.deadline = now + self.gate.timeouts.headers
+            if request.refusal is None:
+                request.refusal = self.gate.look_ahead(request)
+            if request.refusal is None and request.expect.lower() == b"100-continue":
+                self.write(CONTINUE)
+        if request.refusal is not None and (request.expect or not 0 <= request.declared() <= POLITE):
+            self.current = request
+            self.refuse(self.gate.receive(self, request), request.refusal, close=True)
+
+    # answers --------------------------------------------------------------------------------------------------------
+    def write(self, data: bytes) -> None:
+        self.transport.write(data)
+
+    def abort(self) -> None:
+        self.transport.abort()
+
+    def common_headers(self, ticket: Ticket) -> bytes:
+        """The lines that every answer has, up to the blank one."""
+        gate = self.gate
+        request = self.current
+        lines = gate.date_line
+        if ticket.request_id:  # a health answer has none
+            lines += b"x-request-id: %b\r\n" % ticket.request_id
+        if request is not None and request.origin:
+            lines += gate.cors_lines(request.origin)
+        if gate.stopping or request is None or not request.keep_alive:
+            lines += b"connection: close\r\n"
+        elif request.http10:
+            lines += b"connection: keep-alive\r\n"
+        return lines
+
+    def answer(
+        self, ticket: Ticket, status: int, lines: bytes, body: bytes, outcome: str = "ok", code: str = ""
+    ) -> None:
+        """An answer of the gateway's own, complete."""
+        self.answer_uncounted(ticket, status, lines, body)
+        self.gate.core.settle(ticket, self.gate.clock(), status, outcome, code)
+
+    def answer_uncounted(self, ticket: Ticket, status: int, lines: bytes, body: bytes) -> None:
+        request = self.current
+        ticket.bytes_out = len(body)
+        if status != 204:
+            lines += b"content-length: %d\r\n" % len(body)
+        if request is not None and request.method == b"HEAD":
+            body = b""
+        self.write(b"".join((status_line(status), lines, self.common_headers(ticket), b"\r\n", body)))
+
+    def refuse(self, ticket: Ticket, refusal: Refusal, *, close: bool = False) -> None:
+        """An error of the gateway's own; `close` when the rest of the request will not be read."""
+        request = self.current
+        if request is not None and (close or refusal.close):
+            request.keep_alive = False
+        lines = b"content-type: application/json\r\n" + refusal.headers()
+        code = "timeout" if refusal.status in (408, 504) else ""
+        self.answer(ticket, refusal.status, lines, refusal.body(), refusal.outcome, code)
+        if close:
+            self.linger()
+
+    def answered(self) -> None:
+        """The current request has its whole answer."""
+        if self.lingering:
+            return
+        request, self.current = self.current, None
+        if self.gate.stopping:  # the next request may be on its way already
+            self.linger()
+        elif request is None or not request.keep_alive:
+            self.lingering = True
+            self.deadline = self.gate.clock() + LINGER
+            self.transport.close()
+        else:
+            self.deadline = self.gate.clock() + self.gate.timeouts.keepalive
+
+    def exchange_done(self, keep_alive: bool) -> None:
+        """Called by the exchange at its end, whatever it was."""
+        self.exchange = None
+        if self.current is not None and not keep_alive:
+            self.current.keep_alive = False
+        self.answered()
+        self.pump()
+
+    def refuse_connection(self, refusal: Refusal) -> None:
+        """An answer to something that is no request (yet), and the end of the connection."""
+        self.current = self.request or Request()
+        self.request = None
+        self.refuse(self.gate.receive(self, self.current), refusal, close=True)
+
+    def linger(self) -> None:
+        """Close, but let the client read what was sent: closing on unread bytes would reset the connection under the
+        answer.
+        """
+        self.lingering = True
+        self.ready.clear()
+        self.request = None
+        self.deadline = self.gate.clock() + LINGER
+        if self.transport.is_closing():
+            return
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+            self.flow.resume_reading()
+        else:
+            self.transport.close()
+
+    # upgrade --------------------------------------------------------------------------------------------------------
+    def upgraded(self, rest: bytes) -> None:
+        """The parser has met an Upgrade: a WebSocket becomes a tunnel, any other wish is not granted and the request
+        answered.
+        """
+        request = self.ready[-1] if self.ready else None
+        if request is None or not request.wants_websocket() or self.gate.is_own(request.path):
+            self.parser = httptools.HttpRequestParser(self)
+            self.pump()
+            if rest:
+                self.data_received(rest)
+            return
+        self.ready.clear()
+        if self.exchange is not None:  # sent ahead of an answer: nobody does that
+            self.garbage = True
+            return
+        self.current = request
+        self.transport.pause_reading()
+        self.tunnel = Tunnel(self.transport, self.gate.tunnel_head(self, request) + rest, self.tunnel_closed)
+        self.deadline = self.gate.clock() + self.gate.timeouts.connect
+        self.gate.open_tunnel(self.tunnel, self.tunnel_closed)
+
+    def tunnel_closed(self) -> None:
+        self.deadline = self.gate.clock() + LINGER
+        if not self.transport.is_closing():
+            self.transport.close()
+
+    # time -----------------------------------------------------------------------------------------------------------
+    def tick(self, now: float) -> None:
+        exchange = self.exchange
+        if exchange is not None:
+            exchange.check(now)
+            return
+        tunnel = self.tunnel
+        if tunnel is not None and tunnel.moved:
+            tunnel.moved = 0
+            self.deadline = now + max(self.gate.timeouts.keepalive, self.gate.timeouts.between_bytes)
+        if now < self.deadline:
+            return
+        request = self.request
+        if request is not None and request.head_done and now < self.deadline + request.size / SLOWEST:
+            return
+        if tunnel is not None or self.lingering or self.transport.is_closing():
+            if not self.transport.get_write_buffer_size() or now > self.deadline + self.gate.timeouts.between_bytes:
+                self.transport.abort()
+        elif request is not None:
+            self.refuse_connection(
+                Refusal(408, "request_timeout", "The request did not arrive in time", outcome="timeout")
+            )
+        else:
+            self.lingering = True
+            self.deadline = now + LINGER
+            self.transport.close()
+
+    def idle(self) -> bool:
+        """Nothing is under way: this connection may be closed by a worker that stops."""
+        return self.exchange is None and self.request is None and not self.ready and self.tunnel is None
+
+    def cut(self) -> None:
+        """The worker has waited long enough."""
+        if self.exchange is not None:
+            self.exchange.stop()
+        elif not self.transport.is_closing():
+            self.transport.close()
+
+    def shutdown(self) -> None:
+        """uvicorn's wish to stop; the worker's own shutdown does not use it."""
+        if self.idle():
+            self.transport.close()
+
+
+def too_many_headers() -> Refusal:
+    return Refusal(431, "headers_too_large", "The headers of the request are too large", close=True)
+
+
+def not_understood() -> Refusal:
+    return Refusal(400, "bad_request", "The bytes that were sent are no valid HTTP/1.1 request", close=True)
+
+
+def bound_to(gate: "Gate") -> type[Front]:
+    """The protocol class of one worker."""
+    return type("BoundFront", (Front,), {"gate": gate})

@@ -1,0 +1,61 @@
+"""Which headers go through, and how a head is put together. Names are lower case everywhere."""
+
+from collections.abc import Iterable
+from http import HTTPStatus
+
+Headers = list[tuple[bytes, bytes]]
+
+
+def names(text: str) -> frozenset[bytes]:
+    return frozenset(text.encode().split())
+
+
+HOP_BY_HOP = names(
+    "connection keep-alive proxy-authenticate proxy-authorization proxy-connection te trailer transfer-encoding upgrade"
+)
+
+# never sent on to an engine: about this hop, or secrets of the client, or set by the gateway itself
+DROP_TO_ENGINE = HOP_BY_HOP | names(
+    "host content-length authorization api-key x-api-key cookie expect accept-encoding x-request-id origin referer"
+    " forwarded x-forwarded-for x-forwarded-host x-forwarded-proto x-real-ip x-citadel-worker"
+)
+
+# the control process asks for a key itself, so it gets the client's
+DROP_TO_CONTROL = HOP_BY_HOP | names(
+    "content-length expect x-request-id forwarded x-forwarded-for x-real-ip x-citadel-worker"
+)
+
+DROP_TO_CLIENT = HOP_BY_HOP | names(
+    "content-length server date x-request-id access-control-allow-origin access-control-allow-credentials"
+    " access-control-expose-headers"
+)
+
+
+def _line(status: int) -> bytes:
+    try:
+        phrase = HTTPStatus(status).phrase
+    except ValueError:
+        phrase = "Status"
+    return b"HTTP/1.1 %d %b\r\n" % (status, phrase.encode())
+
+
+STATUS_LINES = {status: _line(status) for status in range(100, 600)}
+
+
+def status_line(status: int) -> bytes:
+    return STATUS_LINES.get(status) or _line(status)
+
+
+def passed_on(headers: Headers, drop: frozenset[bytes]) -> bytes:
+    """The header lines that go through: all but `drop` and those that a Connection header names."""
+    named: Iterable[bytes] = ()
+    for name, value in headers:
+        if name == b"connection" and value not in (b"keep-alive", b"close"):
+            named = (*named, *(token.strip().lower() for token in value.split(b",")))
+    return b"".join(
+        [
+            b"%b: %b\r\n" % (name, value)
+            for name, value in headers
+            if name not in drop and (not named or name not in named)
+        ]
+    )

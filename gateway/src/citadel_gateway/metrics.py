@@ -1,0 +1,227 @@
+"""Counters and histograms of a worker, and the page that the control process makes of all of them.
+
+A worker counts in plain dictionaries (a prometheus_client child costs ten times as much), writes them once a second to
+`metrics-N.json` and reads them back when it starts, so that a counter never goes back. Labels come from closed sets
+only: an unknown model is `other`. The control process adds the files up; a worker never renders a page.
+"""
+
+import time
+from bisect import bisect_left
+from collections.abc import Iterable
+from pathlib import Path
+
+import msgspec
+from msgspec import Struct
+
+from citadel_gateway import __version__
+
+Labels = tuple[str, ...]
+FRESH = 5.0  # a worker whose file is older than this is gone: its gauges count no more
+
+DURATION = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320)
+TTFT = (0.05, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40)
+
+# name -> (type, labels, help)
+FAMILIES: dict[str, tuple[str, Labels, str]] = {
+    "llm_gateway_requests_total": (
+        "counter", ("model", "endpoint", "code"), "Requests by outcome: an HTTP status, timeout or client_closed."),
+    "llm_gateway_request_duration_seconds": (
+        "histogram", ("model", "endpoint", "stream"), "From the complete request to the last byte of the reply."),
+    "llm_gateway_time_to_first_token_seconds": (
+        "histogram", ("model",), "From the complete request to the first event of a stream."),
+    "llm_gateway_inflight_requests": ("gauge", ("model",), "Requests that a model is working on."),
+    "llm_gateway_upstream_errors_total": (
+        "counter", ("model", "reason"), "Failures of a backend: connect, reset, timeout, bad_reply, status."),
+    "llm_gateway_retries_total": ("counter", ("model", "reason"), "Sent again: stale connection, other backend."),
+    "llm_gateway_bytes_total": ("counter", ("model", "direction"), "Bytes of bodies, in from clients and out to them."),
+    "llm_gateway_connections": ("gauge", (), "Open client connections."),
+    "llm_gateway_access_log_lost_total": ("counter", (), "Lines of the access log that could not be written."),
+    "llm_gateway_backend_up": ("gauge", ("model", "backend"), "1 when every worker believes the backend to be up."),
+    "llm_gateway_draining": ("gauge", ("model",), "1 while a model takes no new requests."),
+    "llm_gateway_workers": ("gauge", (), "Workers that have reported in the last five seconds."),
+    "llm_gateway_build_info": ("gauge", ("version",), "Always 1."),
+}  # fmt: skip
+BUCKETS = {"llm_gateway_request_duration_seconds": DURATION, "llm_gateway_time_to_first_token_seconds": TTFT}
+SMALLEST = {"llm_gateway_backend_up"}  # the gauges of which the worst view counts; the others are added up
+
+
+class Histogram(Struct):
+    counts: list[int]
+    total: float = 0.0
+
+    def observe(self, value: float, bounds: tuple[float, ...]) -> None:
+        self.counts[bisect_left(bounds, value)] += 1
+        self.total += value
+
+
+class Counter(Struct):
+    """One sample on disk."""
+
+    labels: Labels
+    value: float
+
+
+class Distribution(Struct):
+    labels: Labels
+    counts: list[int]
+    total: float
+
+
+class Report(Struct):
+    """`metrics-N.json`."""
+
+    worker: int
+    written: float
+    counters: dict[str, list[Counter]] = {}
+    histograms: dict[str, list[Distribution]] = {}
+    gauges: dict[str, list[Counter]] = {}
+
+
+class Metrics:
+    """What one worker has counted."""
+
+    def __init__(self) -> None:
+        self.counters: dict[str, dict[Labels, float]] = {}
+        self.histograms: dict[str, dict[Labels, Histogram]] = {}
+        for name, (kind, _, _) in FAMILIES.items():
+            if kind == "counter":
+                self.counters[name] = {}
+            elif kind == "histogram":
+                self.histograms[name] = {}
+        # what every request touches, without the look-up by name
+        self.requests = self.counters["llm_gateway_requests_total"]
+        self.bytes = self.counters["llm_gateway_bytes_total"]
+        self.durations = self.histograms["llm_gateway_request_duration_seconds"]
+        self.ttft = self.histograms["llm_gateway_time_to_first_token_seconds"]
+
+    def count(self, name: str, labels: Labels = (), amount: float = 1) -> None:
+        series = self.counters[name]
+        series[labels] = series.get(labels, 0) + amount
+
+    def duration(self, labels: Labels, seconds: float) -> None:
+        one = self.durations.get(labels)
+        if one is None:
+            one = self.durations[labels] = Histogram([0] * (len(DURATION) + 1))
+        one.observe(seconds, DURATION)
+
+    def first_token(self, model: str, seconds: float) -> None:
+        one = self.ttft.get((model,))
+        if one is None:
+            one = self.ttft[model,] = Histogram([0] * (len(TTFT) + 1))
+        one.observe(seconds, TTFT)
+
+    def report(self, worker: int, gauges: dict[str, dict[Labels, float]], wall: float) -> Report:
+        return Report(
+            worker,
+            wall,
+            {name: [Counter(*sample) for sample in series.items()] for name, series in self.counters.items()},
+            {
+                name: [Distribution(labels, one.counts, one.total) for labels, one in series.items()]
+                for name, series in self.histograms.items()
+            },
+            {name: [Counter(*sample) for sample in series.items()] for name, series in gauges.items()},
+        )
+
+    def add(self, report: Report) -> None:
+        """Count on from what a former process of this worker has written."""
+        for name, samples in report.counters.items():
+            for sample in samples:
+                if name in self.counters:
+                    self.count(name, tuple(sample.labels), sample.value)
+        for name, distributions in report.histograms.items():
+            for one in distributions:
+                size = len(BUCKETS.get(name, ())) + 1
+                if name in self.histograms and len(one.counts) == size:
+                    mine = self.histograms[name].setdefault(tuple(one.labels), Histogram([0] * size))
+                    mine.counts = [a + b for a, b in zip(mine.counts, one.counts, strict=True)]
+                    mine.total += one.total
+
+
+encode = msgspec.json.Encoder().encode
+decode = msgspec.json.Decoder(Report).decode
+
+
+def write_atomically(path: Path, data: bytes, mode: int = 0o640) -> None:
+    """A reader sees the old file or the new one, never half of one."""
+    temporary = path.with_name(f".{path.name}.new")
+    temporary.write_bytes(data)
+    temporary.chmod(mode)
+    temporary.replace(path)
+
+
+def read_report(path: Path) -> Report | None:
+    """A file that is missing or damaged is no reason not to start."""
+    try:
+        return decode(path.read_bytes())
+    except (OSError, msgspec.DecodeError):
+        return None
+
+
+def read_reports(folder: Path) -> list[Report]:
+    reports = (read_report(path) for path in sorted(folder.glob("metrics-*.json")))
+    return [report for report in reports if report is not None]
+
+
+def fresh(reports: Iterable[Report], wall: float) -> list[Report]:
+    return [report for report in reports if wall - report.written < FRESH]
+
+
+def merged_gauges(reports: Iterable[Report]) -> dict[str, dict[Labels, float]]:
+    """The gauges of the workers that are alive, added up, or the worst of them."""
+    gauges: dict[str, dict[Labels, float]] = {}
+    for report in reports:
+        for name, samples in report.gauges.items():
+            series = gauges.setdefault(name, {})
+            for sample in samples:
+                labels = tuple(sample.labels)
+                if name in SMALLEST:
+                    series[labels] = min(series.get(labels, sample.value), sample.value)
+                else:
+                    series[labels] = series.get(labels, 0) + sample.value
+    return gauges
+
+
+def render(reports: list[Report], draining: dict[str, bool], wall: float | None = None) -> str:
+    """The Prometheus text page of all workers of this host."""
+    total = Metrics()
+    for report in reports:
+        total.add(report)
+    alive = fresh(reports, time.time() if wall is None else wall)
+    gauges = merged_gauges(alive)
+    gauges["llm_gateway_draining"] = {(model,): float(state) for model, state in draining.items()}
+    gauges["llm_gateway_workers"] = {(): float(len(alive))}
+    gauges["llm_gateway_build_info"] = {(__version__,): 1.0}
+    lines: list[str] = []
+    for name, (kind, names, text) in FAMILIES.items():
+        lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind}"]
+        if kind == "histogram":
+            for labels, one in sorted(total.histograms[name].items()):
+                lines += histogram_lines(name, names, labels, one)
+        else:
+            for labels, value in sorted((total.counters[name] if kind == "counter" else gauges.get(name, {})).items()):
+                lines.append(f"{name}{label_text(names, labels)} {number(value)}")
+    return "\n".join(lines) + "\n"
+
+
+def histogram_lines(name: str, names: Labels, labels: Labels, one: Histogram) -> list[str]:
+    lines, running = [], 0
+    for bound, count in zip((*BUCKETS[name], "+Inf"), one.counts, strict=True):
+        running += count
+        lines.append(f"{name}_bucket{label_text((*names, 'le'), (*labels, str(bound)))} {running}")
+    tail = label_text(names, labels)
+    return [*lines, f"{name}_sum{tail} {number(one.total)}", f"{name}_count{tail} {running}"]
+
+
+def label_text(names: Labels, values: Labels) -> str:
+    if not names:
+        return ""
+    pairs = zip(names, values, strict=True)
+    return "{" + ",".join(f'{name}="{escape(value)}"' for name, value in pairs) + "}"
+
+
+def escape(value: str) -> str:
+    return value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+
+
+def number(value: float) -> str:
+    return str(int(value)) if value == int(value) else repr(value)

@@ -1,0 +1,71 @@
+"""A client's request as it comes in: what the parser found, and what is read from its headers."""
+
+from citadel_gateway.errors import Refusal
+from citadel_gateway.headers import Headers
+
+FIELDS = {
+    b"authorization": "authorization",
+    b"content-length": "length",
+    b"content-type": "content_type",
+    b"expect": "expect",
+    b"host": "host",
+    b"origin": "origin",
+    b"transfer-encoding": "coding",
+    b"upgrade": "upgrade",
+    b"x-request-id": "request_id",
+}
+
+
+class Request:
+    """Filled by the parser's callbacks, piece by piece; `checked` once its head was looked at before its body came."""
+
+    __slots__ = (
+        "authorization", "checked", "coding", "complete", "content_type", "expect", "head_done", "head_fed",
+        "header_size", "headers", "host", "hosts", "http10", "keep_alive", "length", "method", "origin", "parts",
+        "path", "query", "refusal", "request_id", "size", "target", "upgrade",
+    )  # fmt: skip
+
+    def __init__(self) -> None:
+        self.target = b""
+        self.headers: Headers = []
+        self.header_size = 0
+        self.head_fed = 0  # bytes of reads that did not bring the end of the head
+        self.parts: list[bytes] = []
+        self.size = 0
+        self.hosts = 0
+        self.method = self.path = self.query = b""
+        self.authorization = self.content_type = self.expect = self.host = self.origin = self.request_id = (
+            self.upgrade
+        ) = b""
+        self.coding = b""
+        self.length = b""
+        self.http10 = self.keep_alive = False
+        self.head_done = self.checked = self.complete = False
+        self.refusal: Refusal | None = None
+
+    def end_of_head(self, method: bytes, version: str, keep_alive: bool) -> None:
+        self.method = method
+        self.http10 = version == "1.0"
+        self.keep_alive = keep_alive
+        self.path, _, self.query = self.target.partition(b"?")
+        for name, value in self.headers:
+            field = FIELDS.get(name)
+            if field is not None:
+                setattr(self, field, value)
+                if field == "host":
+                    self.hosts += 1
+        self.head_done = True
+
+    def expects_body(self) -> bool:
+        return bool(self.coding) or self.length not in (b"", b"0")
+
+    def declared(self) -> int:
+        """Content-Length; -1 when the length is not known beforehand."""
+        return -1 if self.coding else int(self.length or 0)
+
+    def body(self) -> bytes:
+        parts = self.parts
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def wants_websocket(self) -> bool:
+        return self.method == b"GET" and self.upgrade.lower() == b"websocket"
