@@ -5,6 +5,7 @@ import re
 import secrets
 import shutil
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -34,6 +35,7 @@ MODELS = CACHE / "models"
 REQUIREMENTS = REPO / "files" / "requirements"
 WHEEL_SETS = ("installer", "gateway", "cpu")
 DEFAULT_RELEASE = "bookworm"
+KEEP_SECONDS = 14 * 24 * 3600
 BASE_RECIPE = "1"  # raised when the way the base image is built changes
 MASKED = ("apt-daily.timer", "apt-daily-upgrade.timer", "systemd-networkd-wait-online.service")
 
@@ -139,6 +141,14 @@ def layer_path(layer: Layer, release: str) -> Path:
     return LAYERS_DIR / f"{layer.name}-{release}-{digest_of(paths, str(layer.play), base(release).name)}"
 
 
+def prune() -> None:
+    """Remove images and layers that nothing has used for two weeks: a boot renews the time of what it stands on."""
+    oldest = time.time() - KEEP_SECONDS
+    for folder in [*BASES.glob("*"), *LAYERS_DIR.glob("*")]:
+        if folder.is_dir() and folder.stat().st_mtime < oldest:
+            shutil.rmtree(folder)
+
+
 def lower(host: Host, release: str, build: Callable[[Layer, Path], None], *, bare: bool = False) -> list[Path]:
     """The folders under a host, uppermost first; ``build`` makes a layer that is not there."""
     folders = [base(release)]
@@ -148,6 +158,8 @@ def lower(host: Host, release: str, build: Callable[[Layer, Path], None], *, bar
         if not path.exists():
             build(layer, path)
         folders.insert(0, path)
+    for folder in folders:
+        os.utime(folder)
     return folders
 
 
