@@ -447,6 +447,13 @@ def connection(start: int | None = None, proc: Path = Path("/proc")) -> dict[str
     return {"client": "", "server": ""}
 
 
+def within(address: str, networks: Iterable[str]) -> bool:
+    """Whether one of the networks holds the address."""
+    one = ipaddress.ip_address(address.partition("%")[0])
+    every = [ipaddress.ip_network(network, strict=False) for network in networks]
+    return any(one in network for network in every)
+
+
 def table(rows: Sequence[Row]) -> list[str]:
     """The rows as aligned lines under a head, and a sum."""
     head = ("result", "name", "check", "target", "took", "what it said")

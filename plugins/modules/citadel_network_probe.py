@@ -7,7 +7,16 @@ import dataclasses
 from typing import Any
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.citadel_network import PROBES, Port, Service, check_ports, connection, probe_all, table
+from ansible.module_utils.citadel_network import (
+    PROBES,
+    Port,
+    Service,
+    check_ports,
+    connection,
+    probe_all,
+    table,
+    within,
+)
 
 DOCUMENTATION = r"""
 ---
@@ -50,6 +59,7 @@ options:
       address: {description: Address it is wanted on; empty for every one., type: str, default: ''}
       units: {description: Patterns of the units that may hold it., type: list, elements: str, default: []}
   timeout: {description: Seconds that an answer may take., type: float, default: 5}
+  networks: {description: Networks that the client is looked for in., type: list, elements: str, default: []}
 author: Citadel LLM Server
 """
 
@@ -68,6 +78,7 @@ table: {description: The rows as lines of text., returned: always, type: list}
 failed_services: {description: Names of the services that failed., returned: always, type: list}
 failed_ports: {description: Names of the ports that somebody else holds., returned: always, type: list}
 connection: {description: Addresses of the SSH connection in use., returned: always, type: dict}
+client_known: {description: Whether the client of that connection is in networks., returned: always, type: bool}
 """
 
 
@@ -111,11 +122,17 @@ def main() -> None:
                 },
             },
             "timeout": {"type": "float", "default": 5.0},
+            "networks": names,
         },
         supports_check_mode=True,
     )
     services = [Service(**frozen(item)) for item in module.params["services"]]
     ports = [Port(**frozen(item)) for item in module.params["ports"]]
+    way = connection()
+    try:
+        known = not way["client"] or within(way["client"], module.params["networks"])
+    except ValueError as error:
+        module.fail_json(msg=f"networks: {error}")
     answered = probe_all(services, module.params["timeout"])
     held = check_ports(ports)
     module.exit_json(
@@ -124,7 +141,8 @@ def main() -> None:
         table=table([*answered, *held]),
         failed_services=[row.name for row in answered if not row.passed],
         failed_ports=[row.name for row in held if not row.passed],
-        connection=connection(),
+        connection=way,
+        client_known=known,
     )
 
 
