@@ -142,6 +142,32 @@ def tasks_of(role: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
             yield path, task
 
 
+def given_in(scenario: Path) -> dict[str, list[Any]]:
+    """Variable -> values that a molecule scenario gives it, in ``vars`` of its plays and in its files of variables."""
+    given: dict[str, list[Any]] = {}
+
+    def walk(value: Any) -> None:
+        if isinstance(value, dict):
+            for key, item in value.items():
+                if key == "vars" and isinstance(item, dict):
+                    add(item)
+                walk(item)
+        elif isinstance(value, list):
+            for item in value:
+                walk(item)
+
+    def add(variables: dict[str, Any]) -> None:
+        for name, item in variables.items():
+            given.setdefault(name, []).append(item)
+
+    for path in sorted(scenario.rglob("*.yml")):
+        if "vars" in path.relative_to(scenario).parts:
+            add(load(path))
+        else:
+            walk(load(path))
+    return given
+
+
 def site_variables(inventory: Path, *, everywhere: bool = False) -> dict[str, Path]:
     """Variable -> file of an inventory's group_vars/all; ``everywhere``: of other groups, hosts and hosts.yml too."""
     paths = sorted(inventory.glob("group_vars/all/*.yml"))

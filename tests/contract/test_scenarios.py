@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.contract.repo import PHASES, ROOT, load, role_names, tags_of
+from tests.contract.repo import PHASES, ROOT, defaults, given_in, load, role_names, roles, tags_of
 
 SCENARIOS = sorted(path.parent for path in (ROOT / "molecule").glob("*/molecule.yml"))
 ALTERNATIVES = {f"{role}_alternative" for role in ("storage", "network_checks", "vllm", "gateway")}
@@ -42,6 +42,33 @@ def test_the_checks_of_a_role_are_those_of_its_scenario_and_of_validate(role: st
     shared = ROOT / f"tests/infra/test_{role}.py"
     assert shared.is_file()
     assert shared in {test.resolve() for test in checks_of(ROOT / "molecule" / role)}
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda path: path.name)
+def test_a_scenario_gives_only_variables_that_there_are(scenario: Path) -> None:
+    """Ansible takes a misspelt name without a word, and the scenario would try the default."""
+    taken = {name for role in roles() for name in defaults(role)}
+    mine = tuple(f"{role}_" for role in role_names())
+    assert [name for name in given_in(scenario) if name.startswith(mine) and name not in taken] == []
+    if scenario.name != "full":
+        site = [name for name in given_in(scenario) if name.startswith(("platform_", "llm_"))]
+        assert site == [], "a role's own scenario knows no site"
+
+
+# What an alternative scenario cannot change, and why.
+UNCHANGED = {
+    "vllm_device": "the lab has no GPU",
+    "vllm_hf_token": "the scenario that downloads is another one",
+}
+
+
+@pytest.mark.parametrize("scenario", sorted(ALTERNATIVES))
+def test_an_alternative_scenario_changes_every_variable(scenario: str) -> None:
+    given = given_in(ROOT / "molecule" / scenario)
+    inputs = defaults(ROOT / "roles" / scenario.removesuffix("_alternative"))
+    same = {name for name, value in inputs.items() if name not in given or value in given[name]}
+    # What takes away is tried by tests of its own.
+    assert {name for name in same - set(UNCHANGED) if not re.search(r"_(state|prune|remove_\w+)$", name)} == set()
 
 
 @pytest.mark.parametrize("role", role_names())
