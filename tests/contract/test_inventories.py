@@ -20,6 +20,7 @@ from tests.contract.repo import (
 
 MAGIC = {
     "ansible_facts",
+    "ansible_host",
     "ansible_play_hosts_all",
     "group_names",
     "groups",
