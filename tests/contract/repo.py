@@ -12,7 +12,8 @@ from jinja2 import Environment, meta, nodes
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PHASES = ("preflight", "install", "configure", "run", "verify")
-INVENTORIES = (ROOT / "inventory/production", ROOT / "inventory/lab")
+INVENTORIES = tuple(sorted((ROOT / "inventory").glob("*/")))  # an operator's copies too
+PRODUCTION = ROOT / "inventory/production"
 WIRING = ROOT / "playbooks/group_vars/all/wiring.yml"
 
 # Task keys whose value is a Jinja expression without braces.
@@ -28,8 +29,11 @@ Loader.add_multi_constructor("!", lambda loader, _, node: loader.construct_scala
 
 @cache
 def load(path: Path) -> Any:
-    """A YAML file's one document; an empty one is an empty mapping."""
-    return yaml.load(path.read_text(), Loader) or {}  # noqa: S506  a SafeLoader with two more tags
+    """A YAML file's one document; an empty or an encrypted one is an empty mapping."""
+    text = path.read_text()
+    if text.startswith("$ANSIBLE_VAULT"):
+        return {}
+    return yaml.load(text, Loader) or {}  # noqa: S506  a SafeLoader with two more tags
 
 
 @cache

@@ -6,6 +6,7 @@ import pytest
 
 from tests.contract.repo import (
     INVENTORIES,
+    PRODUCTION,
     ROOT,
     WIRING,
     defaults,
@@ -34,30 +35,33 @@ MAGIC = {
     "query",
 }
 
+EVERY = pytest.mark.parametrize("inventory", INVENTORIES, ids=lambda path: path.name)
+
 # Where a port or an address of ours may stand as a number: the inventories, and what plays with them. Pages may too.
 PLAYING = ("inventory/", "tests/", "molecule/", "lab/", "bench/", "gateway/tests/", "files/", "requirements.txt")
 
 
-def test_both_inventories_have_the_same_files_and_variables() -> None:
-    production, lab = (site_variables(inventory) for inventory in INVENTORIES)
-    assert set(production) == set(lab)
-    moved = {name for name in production if production[name].name != lab[name].name}
-    assert moved == set(), "in differently named files"
+@EVERY
+def test_an_inventory_has_the_variables_of_production_in_the_same_files(inventory: Path) -> None:
+    wanted, there = site_variables(PRODUCTION), site_variables(inventory)
+    assert (set(wanted) - set(there), set(there) - set(wanted)) == (set(), set()), "(missing, unknown)"
+    assert {name for name in wanted if wanted[name].name != there[name].name} == set(), "in differently named files"
 
 
+@EVERY
 @pytest.mark.parametrize("name", ["platform_ports", "platform_services"])
-def test_both_inventories_name_the_same_ports_and_services(name: str) -> None:
-    production, lab = (set(load(site_variables(inventory)[name])[name]) for inventory in INVENTORIES)
-    assert production == lab
+def test_an_inventory_names_the_ports_and_services_of_production(inventory: Path, name: str) -> None:
+    wanted, there = (set(load(site_variables(tree)[name])[name]) for tree in (PRODUCTION, inventory))
+    assert wanted == there
 
 
-@pytest.mark.parametrize("inventory", INVENTORIES, ids=lambda path: path.name)
+@EVERY
 def test_site_variables_say_so_in_their_names(inventory: Path) -> None:
     odd = [name for name in site_variables(inventory) if not name.startswith(("platform_", "llm_", "ansible_"))]
     assert odd == []
 
 
-@pytest.mark.parametrize("inventory", INVENTORIES, ids=lambda path: path.name)
+@EVERY
 def test_no_wired_name_is_set_in_an_inventory(inventory: Path) -> None:
     wired = set(load(WIRING)) & set(site_variables(inventory, everywhere=True))
     assert wired == set(), "playbooks/group_vars/all/wiring.yml would beat it silently"
@@ -81,7 +85,7 @@ def test_the_wiring_reads_only_site_variables_of_both_inventories() -> None:
 def test_every_site_variable_is_read_somewhere() -> None:
     paths = [*(ROOT / "playbooks").rglob("*.yml"), *(path for tree in INVENTORIES for path in tree.rglob("*.yml"))]
     read = {name for path in paths for template in templates_in(load(path)) for name in words(template)[0]}
-    assert set(site_variables(INVENTORIES[0])) - read == set()
+    assert set(site_variables(PRODUCTION)) - read == set()
 
 
 def test_ports_and_addresses_stand_in_the_inventories_only() -> None:
