@@ -167,22 +167,13 @@ def _result(model: Model, memory: Memory, limit: int, cores: Cores | None, speed
 
 
 def _doubles(models: Sequence[Model]) -> list[str]:
-    """Names and ports that two entries share."""
+    """Names that two entries share: the plan is by name."""
     names = [model.name for model in models]
-    found = [
+    return [
         f"{name}: the name is used {names.count(name)} times; give each model its own"
         for name in dict.fromkeys(names)
         if names.count(name) > 1
     ]
-    ports: dict[int, list[str]] = {}
-    for model in models:
-        ports.setdefault(model.port, []).append(model.name)
-    found += [
-        f"port {port}: used by {' and '.join(users)}; give each model its own"
-        for port, users in ports.items()
-        if port and len(users) > 1
-    ]
-    return found
 
 
 def _model_refusals(model: Model, memory: Memory, host: Host) -> list[str]:

@@ -187,7 +187,6 @@ class Model:
     cpus: tuple[int, ...]
     max_num_seqs: int
     max_num_batched_tokens: int
-    port: int
     latency_ms: float
     requests_per_minute: float
     weights_bytes: int = 0  # from the manifest of the fetched revision; 0 = not fetched, take the declared parameters
@@ -247,7 +246,6 @@ class Model:
             cpus=cpus,
             max_num_seqs=number("max_num_seqs", entry, 128),
             max_num_batched_tokens=number("max_num_batched_tokens", entry, 2048),
-            port=number("port", entry, 0),
             latency_ms=float(targets.get("latency_ms") or 0),
             requests_per_minute=float(targets.get("requests_per_minute") or 0),
             weights_bytes=weights_bytes,
