@@ -54,14 +54,14 @@ class StandInHub:
         return [asked for method, path, asked in self.requests if method == "GET" and path.endswith(name)]
 
     @contextmanager
-    def running(self) -> Iterator["StandInHub"]:
+    def running(self, address: str = "127.0.0.1") -> Iterator["StandInHub"]:
         hub = self
 
         class Handler(_Handler):
             served = hub
 
-        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{server.server_port}"
+        server = ThreadingHTTPServer((address, 0), Handler)
+        self.url = f"http://{address}:{server.server_port}"
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
         thread.start()
         try:
