@@ -29,7 +29,7 @@ MANAGED = {
     "uds": "nothing: engines listen on 127.0.0.1, the gateway serves others",
     "config": "nothing: the role writes it",
     "api-key": "nothing: the key is a file, never an argument",
-    "disable-access-log-for-endpoints": "nothing: probes are not logged",
+    "disable-uvicorn-access-log": "nothing: the gateway logs requests",
     "disable-fastapi-docs": "nothing: only the gateway reaches an engine",
     "enable-log-requests": "nothing: prompts are not logged",
     "enable-log-outputs": "nothing: answers are not logged",
