@@ -174,7 +174,7 @@ def test_another_key_restarts_nothing(chat: Fetch, pids: Callable[[], list[str]]
     path = "/etc/citadel-gateway/keys.json"
     deployed = host.file(path).content_string
     keys = json.loads(deployed)
-    hashed = host.check_output('printf %%s "$(cat /root/keys/later)" | sha256sum').split()[0]
+    hashed = host.check_output('printf %s "$(cat /root/keys/later)" | sha256sum').split()[0]
     keys["keys"].append({"id": "later", "sha256": hashed})
     assert chat(key="later").status == 401
     try:
