@@ -17,7 +17,8 @@ def test_every_neighbour_answers_and_our_ports_are_ours(host: Host, monkeypatch:
     if not host.file(CHECKS).exists:
         pytest.skip("no network checks on this host")
     monkeypatch.setenv("ANSIBLE_CONFIG", str(ROOT / "ansible.cfg"))
-    result = host.ansible("citadel_network_probe", host.file(CHECKS).content_string)
+    checks = json.loads(host.file(CHECKS).content_string)
+    result = host.ansible("citadel_network_probe", json.dumps(checks))
     bad = [f"{row['name']} ({row['target']}): {row['detail']}" for row in result["rows"] if not row["passed"]]
     assert bad == [], "; ".join(bad)
 
