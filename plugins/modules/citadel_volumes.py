@@ -195,13 +195,11 @@ class Machine:
         return [Signature(one.get("type") or "?", one.get("label") or "") for one in found]
 
     def partitions(self, device: str) -> dict[int, str]:
-        """Number and name of each partition."""
-        found = {}
-        folder = self.at(f"/sys/class/block/{self.kernel_name(device)}")
-        for path in folder.glob("*/partition"):
-            name = re.search(r"^PARTNAME=(.*)$", (path.parent / "uevent").read_text(), re.MULTILINE)
-            found[int(path.read_text())] = name[1] if name else ""
-        return found
+        """Number and name of each partition, from the table itself: the kernel does not always tell the names."""
+        out = self.answer("partx", "--pairs", "--output", "NR,NAME", device)
+        named = {int(number): name for number, name in re.findall(r'^NR="(\d+)" NAME="(.*)"$', out, re.MULTILINE)}
+        known = self.at(f"/sys/class/block/{self.kernel_name(device)}").glob("*/partition")
+        return {int(path.read_text()): "" for path in known} | named
 
     def mounts(self) -> list[Mount]:
         found = []
@@ -291,7 +289,7 @@ class Layout:
     # -- steps
 
     def _step(self, what: str, command: list[str], stdin: str = "") -> None:
-        self.result.steps.append(f"{what}: {' '.join(command)}")
+        self.result.steps.append(f"{what}: {' '.join(command)}" + (f" <<< {stdin.strip()}" if stdin else ""))
         if self.apply:
             code, out, err = self.machine.run(command, stdin)
             if code != 0:

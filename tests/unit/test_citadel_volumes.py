@@ -44,7 +44,7 @@ class FakeHost:
         folder.mkdir()
         (folder / "partition").write_text(f"{number}\n")
         (folder / "dev").write_text(f"260:{number}\n")
-        (folder / "uevent").write_text(f"PARTN={number}\n" + (f"PARTNAME={name}\n" if name else ""))
+        self.devices[device].setdefault("partitions", {})[number] = name
 
     def mounted(self, device: str, path: str) -> None:
         number = (self.root / "sys/class/block" / device.rsplit("/", 1)[1] / "dev").read_text().strip()
@@ -65,6 +65,9 @@ class FakeHost:
             return 0, "".join(f"  {group} {free}\n" for group, free in self.groups.items()), ""
         if name == "lvs":
             return 0, "".join(f"  {lv} {size}\n" for lv, size in self.volumes.get(last, {}).items()), ""
+        if name == "partx" and "--pairs" in command:
+            there = self.devices[last].get("partitions", {}).items()
+            return 0, "".join(f'NR="{number}" NAME="{title}"\n' for number, title in there), ""
         if name == "modprobe":
             return 1, "", ""
         self.ran.append(" ".join(command))
@@ -248,7 +251,7 @@ def test_partitions_group_and_volumes_on_a_blank_disk(host: FakeHost) -> None:
     }
     result = plan(host, **data)
     assert result.refusals == []
-    assert result.steps[0] == "partition table of /dev/nvme0n1: sfdisk --quiet /dev/nvme0n1"
+    assert result.steps[0] == "partition table of /dev/nvme0n1: sfdisk --quiet /dev/nvme0n1 <<< label: gpt"
     assert result.steps[3:5] == [
         "physical volume on /dev/nvme0n1p2: pvcreate --quiet /dev/nvme0n1p2",
         "volume group citadel: vgcreate --quiet citadel /dev/nvme0n1p2",
