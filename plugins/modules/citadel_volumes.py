@@ -340,6 +340,8 @@ class Layout:
             number, name = part["number"], part.get("name", "")
             if number not in there:
                 self._partition(device, part)
+            elif name and not there[number]:
+                self.result.notes.append(f"partition {number} of {device} has no name and is taken for {name}")
             elif name and there[number] != name:
                 raise RefusalError(
                     f"partition {number} of {device} is there and is named {there[number]!r}, not {name!r}. Give "

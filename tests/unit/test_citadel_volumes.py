@@ -282,10 +282,12 @@ def test_partition_that_is_there_is_never_changed(host: FakeHost) -> None:
     host.device("/dev/vdb", signature="gpt")
     host.partition("/dev/vdb", 1, "models")
     host.partition("/dev/vdb", 2, "")
-    wanted = [{"number": 1, "name": "models"}, {"number": 2, "name": "logs"}]
+    host.partition("/dev/vdb", 3, "photos")
+    wanted = [{"number": number, "name": name} for number, name in ((1, "models"), (2, "cache"), (3, "logs"))]
     result = plan(host, disks=[{"device": "/dev/vdb", "partitions": wanted}])
     assert result.steps == []
-    assert "partition 2 of /dev/vdb is there and is named ''" in result.refusals[0]
+    assert result.notes == ["partition 2 of /dev/vdb has no name and is taken for cache"]
+    assert "partition 3 of /dev/vdb is there and is named 'photos'" in result.refusals[0]
 
 
 @pytest.mark.parametrize("signature", ["dos", "ext4"])
