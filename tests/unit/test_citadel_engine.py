@@ -299,6 +299,17 @@ def test_an_address_that_cannot_be_used_is_an_error_of_its_own(site: Site) -> No
         engine.check_port(model)
 
 
+def test_a_port_of_root_is_refused(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    def deny(*_: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    class Closed(socket.socket):
+        bind = deny
+
+    monkeypatch.setattr(engine.socket, "socket", Closed)
+    assert "choose one above 1023" in refused(lambda: engine.check_port(site.model()))
+
+
 def test_listeners_of_unknown_users(tmp_path: Path) -> None:
     table = tmp_path / "tcp"
     table.write_text("  sl  local_address\n   0: 0100007F:2C88 00000000:0000 0A 0:0 0:0 0 4123456 0 1\n")

@@ -69,10 +69,10 @@ def test_a_full_engine_is_not_restarted(host: Host) -> None:
     assert (show(host, "MainPID"), show(host, "ActiveState")) == (main, "active")
 
 
-@pytest.mark.parametrize("victim", ["api_server", "VLLM::EngineCore"])
-def test_a_killed_process_brings_the_unit_back_without_the_old_ones(host: Host, victim: str) -> None:
+def test_a_killed_server_brings_the_unit_back_without_the_old_processes(host: Host) -> None:
+    """vLLM's engine and worker survive their server and hold all memory; the other victims are killed in tests/e2e."""
     main, before = int(show(host, "MainPID")), set(processes(host))
-    host.check_output("kill -9 %s", str(pid_of(host, victim)))
+    host.check_output("kill -9 %s", str(pid_of(host, "api_server")))
     wait_until_back(host, main)
     assert set(processes(host)) & before == set()
     assert generates(host)
@@ -125,8 +125,8 @@ def broken(host: Host) -> Iterator[Callable[[str], str]]:
         ("rm /opt/models/broken/tokenizer.json", "tokenizer.json of the manifest is not there"),
         ("chown root /opt/models/broken/config.json; chmod 0600 /opt/models/broken/config.json", "cannot read"),
         (
-            "sed -i 's/^port: .*/port: 22/' /etc/citadel-llm/models/broken.yaml",
-            "port 22 is taken by a process of user root",
+            "sed -i 's/^port: .*/port: 11401/' /etc/citadel-llm/models/broken.yaml",
+            "port 11401 is taken by a process of user agent0",
         ),
         ("echo 'max-num-sequences: 4' >> /etc/citadel-llm/models/broken.yaml", "has no setting max-num-sequences"),
         ("sed -i 's/bf16/fp8-block/' /etc/citadel-llm/models/broken.env", "fp8-block need a processor with"),
