@@ -130,8 +130,8 @@ def run(
             text=True,
             errors="replace",
         )
-    except FileNotFoundError as error:
-        raise BuildError(f"{argv[0]} is not on this host") from error
+    except OSError as error:
+        raise BuildError(f"{argv[0]} cannot be run: {error.strerror}") from error
     except subprocess.TimeoutExpired as error:
         raise BuildError(f"{argv[0]} did not end within {timeout:g} s: {' '.join(argv)}") from error
     if done.returncode != 0:
