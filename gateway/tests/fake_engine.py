@@ -96,13 +96,14 @@ class FakeEngine:
             return await self.answer(headers.get("x-fake", self.mode), json.loads(body), writer)
         finally:
             watcher.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
+            with contextlib.suppress(asyncio.CancelledError, ConnectionError):
                 await watcher
 
     async def watch(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Notice a client that goes away while we are busy: vLLM stops generating then."""
-        if await reader.read(1):  # nothing but the end can come before our answer
-            raise AssertionError("a second request before the first was answered")
+        with contextlib.suppress(ConnectionError):
+            if await reader.read(1):  # nothing but the end can come before our answer
+                raise AssertionError("a second request before the first was answered")
         self.cancelled += 1
         writer.transport.abort()
 
@@ -128,9 +129,8 @@ class FakeEngine:
             await writer.drain()
         elif mode.isdigit():
             body = json.dumps({"error": {"message": "on cue", "type": "server_error", "param": None, "code": mode}})
-            writer.write(
-                f"HTTP/1.1 {mode} X\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n{body}".encode()
-            )
+            head = f"HTTP/1.1 {mode} X\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+            writer.write((head + body).encode())
             return True
         return False
 

@@ -51,10 +51,6 @@ class AccessLog:
         self.encode_lines = msgspec.json.Encoder(decimal_format="number").encode_lines
 
     def record(self, line: Line) -> None:
-        line.ts = round(line.ts, 3)
-        line.duration_ms = round(line.duration_ms, 2)
-        if line.ttft_ms is not None:
-            line.ttft_ms = round(line.ttft_ms, 2)
         self.lines.append(line)
         if len(self.lines) >= BATCH:
             self.pack()

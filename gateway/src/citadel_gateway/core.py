@@ -17,7 +17,7 @@ from msgspec import Struct
 from citadel_gateway.accesslog import Line
 from citadel_gateway.catalogue import Backend, Catalogue, Key, KeyRing, Model
 from citadel_gateway.errors import Refusal
-from citadel_gateway.metrics import Labels, Metrics
+from citadel_gateway.metrics import DURATION, TTFT, Labels, Metrics
 from citadel_gateway.snapshot import Snapshot
 
 RECEIVED, ADMITTED, ROUTED, SENT, FIRST_BYTE, SETTLED = range(6)
@@ -202,19 +202,23 @@ class Core:
         ticket.state = SETTLED
         self.open -= 1
         name = model.name if model is not None else "other"
-        metrics = self.metrics
-        labels = (name, ticket.endpoint, code or CODES.get(status, "other"))
-        metrics.requests[labels] = metrics.requests.get(labels, 0) + 1
-        taken = now - ticket.started
+        stream = ticket.stream
+        series = self.metrics.of(name, ticket.endpoint, stream)
+        code = code or CODES.get(status, "other")
+        codes = series.codes
+        codes[code] = codes.get(code, 0) + 1
+        series.bytes_in += ticket.bytes_in
+        series.bytes_out += ticket.bytes_out
+        started = ticket.started
+        taken = now - started
+        ttft = None
         if ticket.sent:
-            metrics.duration((name, ticket.endpoint, "true" if ticket.stream else "false"), taken)
-            if ticket.first and ticket.stream:
-                metrics.first_token(name, ticket.first - ticket.started)
-        traffic = metrics.bytes
-        inward = (name, "in")
-        traffic[inward] = traffic.get(inward, 0) + ticket.bytes_in
-        outward = (name, "out")
-        traffic[outward] = traffic.get(outward, 0) + ticket.bytes_out
+            series.duration.observe(taken, DURATION)
+        if ticket.first:
+            first = ticket.first - started
+            ttft = int(first * 1e5) / 100
+            if stream:
+                series.first_token.observe(first, TTFT)
         self.record(
             Line(
                 self.wall(),
@@ -223,11 +227,11 @@ class Core:
                 name if model is not None else "",
                 ticket.path.decode("latin-1"),
                 status,
-                ticket.stream,
+                stream,
                 ticket.bytes_in,
                 ticket.bytes_out,
-                (ticket.first - ticket.started) * 1000 if ticket.first else None,
-                taken * 1000,
+                ttft,
+                int(taken * 1e5) / 100,
                 ticket.client,
                 outcome,
             )

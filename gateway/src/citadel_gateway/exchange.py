@@ -12,6 +12,7 @@ from typing import Protocol
 from citadel_gateway.core import FIRST_BYTE, SENT, Core, Ticket
 from citadel_gateway.errors import Refusal, stream_error
 from citadel_gateway.headers import DROP_TO_CLIENT, passed_on, status_line
+from citadel_gateway.outbox import Outbox
 from citadel_gateway.settings import Timeouts
 from citadel_gateway.upstream import Connection, Pool
 
@@ -38,7 +39,7 @@ class Exchange:
 
     __slots__ = (
         "body", "clock", "connecting", "connection", "core", "head_sent", "last", "length", "limits", "lines",
-        "paused", "pool", "reused", "route", "sse", "stale_retried", "start_line", "tail", "ticket", "to",
+        "outbox", "paused", "pool", "reused", "route", "sse", "stale_retried", "start_line", "tail", "ticket", "to",
     )  # fmt: skip
 
     def __init__(
@@ -46,6 +47,7 @@ class Exchange:
         core: Core,
         clock: Callable[[], float],
         limits: Timeouts,
+        outbox: Outbox,
         ticket: Ticket,
         to: Client,
         route: Callable[[Ticket], Pool],
@@ -56,6 +58,7 @@ class Exchange:
         self.core = core
         self.clock = clock
         self.limits = limits
+        self.outbox = outbox
         self.ticket = ticket
         self.to = to
         self.route = route  # the pool of the next backend to try; raises Refusal when there is none
@@ -109,7 +112,10 @@ class Exchange:
         self.connection = connection
         now = self.last = self.clock()
         self.core.sent(self.ticket, now)
-        connection.send(self, b"".join((self.start_line, pool.preamble, self.lines, self.body)))
+        connection.owner = self
+        assert connection.transport is not None
+        request = b"".join((self.start_line, pool.preamble, self.lines, self.body))
+        self.outbox.put(connection.transport, request, self.core.open)
 
     def not_connected(self, reason: str) -> None:
         """Nothing was sent: the backend is down, another one may do it."""
@@ -265,7 +271,9 @@ class Exchange:
         self.core.failed(self.ticket, reason)
         if self.ticket.backend is not None:
             self.ticket.backend.health.suspect(now)
-        broken = Refusal(502, "upstream_failed", "The engine broke off before its answer was complete", outcome="upstream_error")
+        broken = Refusal(
+            502, "upstream_failed", "The engine broke off before its answer was complete", outcome="upstream_error"
+        )
         if untouched and reason == "reset" and self.ticket.model is not None and len(self.ticket.tried) < 2:
             self.elsewhere(broken)
         else:

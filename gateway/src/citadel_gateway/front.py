@@ -81,10 +81,14 @@ class Front(HttpToolsProtocol):
         except httptools.HttpParserError:
             self.garbage = True
         request = self.request
-        if request is not None and not request.head_done and self.fed(request, len(data)):
-            request.refusal = too_many_headers()
-            self.garbage = True
-        self.pump()
+        if request is not None and not request.head_done:
+            self.count_head(request, len(data))
+        elif len(data) > self.gate.limits.header_bytes:
+            self.weigh_heads()
+        if self.exchange is None:
+            self.pump()
+        elif self.ready:
+            self.flow.pause_reading()
 
     def connection_lost(self, exc: Exception | None) -> None:
         exchange, self.exchange = self.exchange, None
@@ -111,27 +115,25 @@ class Front(HttpToolsProtocol):
 
     # httptools: only collect, decide in `pump` ----------------------------------------------------------------------
     def on_message_begin(self) -> None:
-        self.request = Request()
+        self.request = request = Request()
+        self.headers = request.headers
 
     def on_url(self, url: bytes) -> None:
         if self.request is not None:
             self.request.target += url
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        request = self.request
-        if request is not None and not request.head_done:  # else a trailer
-            request.header_size += len(name) + len(value) + 4
-            if request.header_size <= self.gate.limits.header_bytes:
-                request.headers.append((name.lower(), value))
+        self.headers.append((name.lower(), value))
 
     def on_headers_complete(self) -> None:
         request = self.request
         if request is None:
             return
+        self.headers = []  # what still comes under this name are trailers, and nobody wants them
         parser = self.parser
-        if request.header_size + len(request.target) > self.gate.limits.header_bytes:
-            request.refusal = too_many_headers()
         request.end_of_head(parser.get_method(), parser.get_http_version(), parser.should_keep_alive())
+        if request.head_fed and request.head_size() > self.gate.limits.header_bytes:
+            request.refusal = too_many_headers()
 
     def on_body(self, body: bytes) -> None:
         request = self.request
@@ -152,10 +154,18 @@ class Front(HttpToolsProtocol):
             self.ready.append(request)
 
     # one request after the other ------------------------------------------------------------------------------------
-    def fed(self, request: Request, size: int) -> bool:
-        """Count the bytes of a head that has no end yet (one endless header never reaches `on_header`)."""
+    def count_head(self, request: Request, size: int) -> None:
+        """Count the bytes of a head that has no end yet (an endless header never reaches `on_header`)."""
         request.head_fed += size
-        return request.head_fed > self.gate.limits.header_bytes + 1024
+        if request.head_fed > self.gate.limits.header_bytes + 1024:
+            request.refusal = too_many_headers()
+            self.garbage = True
+
+    def weigh_heads(self) -> None:
+        """Only a read that is larger than the limit can have brought a whole head that is."""
+        for request in (*self.ready, self.request):
+            if request is not None and request.refusal is None and request.head_size() > self.gate.limits.header_bytes:
+                request.refusal = too_many_headers()
 
     def pump(self) -> None:
         """Answer what can be answered now."""
@@ -172,9 +182,7 @@ class Front(HttpToolsProtocol):
             elif request_ahead is not None and request_ahead.head_done:
                 self.look_ahead(request_ahead)
             break
-        if self.exchange is not None and self.ready:
-            self.flow.pause_reading()
-        else:
+        if self.exchange is None or not self.ready:
             self.flow.resume_reading()
 
     def look_ahead(self, request: Request) -> None:
@@ -193,10 +201,16 @@ class Front(HttpToolsProtocol):
 
     # answers --------------------------------------------------------------------------------------------------------
     def write(self, data: bytes) -> None:
-        self.transport.write(data)
+        self.gate.outbox.put(self.transport, data, self.gate.core.open)
 
     def abort(self) -> None:
+        self.gate.outbox.flush()
         self.transport.abort()
+
+    def close(self) -> None:
+        """Close when everything has been sent."""
+        self.gate.outbox.flush()
+        self.transport.close()
 
     def common_headers(self, ticket: Ticket) -> bytes:
         """The lines that every answer has, up to the blank one."""
@@ -250,7 +264,7 @@ class Front(HttpToolsProtocol):
         elif request is None or not request.keep_alive:
             self.lingering = True
             self.deadline = self.gate.clock() + LINGER
-            self.transport.close()
+            self.close()
         else:
             self.deadline = self.gate.clock() + self.gate.timeouts.keepalive
 
@@ -276,6 +290,7 @@ class Front(HttpToolsProtocol):
         self.ready.clear()
         self.request = None
         self.deadline = self.gate.clock() + LINGER
+        self.gate.outbox.flush()
         if self.transport.is_closing():
             return
         if self.transport.can_write_eof():
@@ -286,21 +301,28 @@ class Front(HttpToolsProtocol):
 
     # upgrade --------------------------------------------------------------------------------------------------------
     def upgraded(self, rest: bytes) -> None:
-        """The parser has met an Upgrade: a WebSocket becomes a tunnel, any other wish is not granted and the request
-        answered.
+        """The parser has met an Upgrade: a WebSocket becomes a tunnel, any other wish is passed over.
+
+        The parser takes what follows an Upgrade for another protocol, also where it is the body of a request whose
+        client only offers one (Java offers h2c with each); so the request is read again, without the offer.
         """
-        request = self.ready[-1] if self.ready else None
-        if request is None or not request.wants_websocket() or self.gate.is_own(request.path):
-            self.parser = httptools.HttpRequestParser(self)
-            self.pump()
-            if rest:
-                self.data_received(rest)
-            return
-        self.ready.clear()
-        if self.exchange is not None:  # sent ahead of an answer: nobody does that
+        request = self.ready.pop()
+        if request.method == b"CONNECT":
+            self.ready.append(request)
+            request.keep_alive = False
             self.garbage = True
+            self.pump()
+            return
+        if not request.wants_websocket() or self.gate.is_own(request.path):
+            self.parser = httptools.HttpRequestParser(self)
+            self.data_received(request.without_upgrade() + rest)
+            return
+        if self.exchange is not None or self.ready:  # sent ahead of an answer: nobody does that
+            self.garbage = True
+            self.pump()
             return
         self.current = request
+        self.gate.outbox.flush()
         self.transport.pause_reading()
         self.tunnel = Tunnel(self.transport, self.gate.tunnel_head(self, request) + rest, self.tunnel_closed)
         self.deadline = self.gate.clock() + self.gate.timeouts.connect
@@ -347,7 +369,7 @@ class Front(HttpToolsProtocol):
         if self.exchange is not None:
             self.exchange.stop()
         elif not self.transport.is_closing():
-            self.transport.close()
+            self.close()
 
     def shutdown(self) -> None:
         """uvicorn's wish to stop; the worker's own shutdown does not use it."""

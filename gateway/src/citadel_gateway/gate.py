@@ -19,6 +19,7 @@ from citadel_gateway.exchange import Exchange
 from citadel_gateway.headers import DROP_TO_CONTROL, DROP_TO_ENGINE, passed_on
 from citadel_gateway.health import Health
 from citadel_gateway.metrics import Metrics
+from citadel_gateway.outbox import Outbox
 from citadel_gateway.probe import probe
 from citadel_gateway.request import Request
 from citadel_gateway.settings import Gateway
@@ -35,6 +36,7 @@ encode = msgspec.json.Encoder().encode
 MODEL_PATHS = {b"/v1/chat/completions": "chat", b"/v1/completions": "completions"}
 LISTING, ONE_MODEL = b"/v1/models", b"/v1/models/"
 HEALTHZ, READYZ = b"/healthz", b"/readyz"
+HEALTH_PATHS = frozenset((HEALTHZ, READYZ))
 METHODS = frozenset((b"GET", b"POST", b"PUT", b"PATCH", b"DELETE", b"OPTIONS"))
 RELAY_BODY = 1024 * 1024  # the control process asks for a key itself, so that little is held for it before it has
 JSON = b"content-type: application/json\r\n"
@@ -68,6 +70,7 @@ class Gate:
             record=record,
             wall=wall,
         )
+        self.outbox = Outbox(loop)
         self.stopping = False
         self.date_line = b""
         self.any_origin = "*" in settings.cors.allow_origins
@@ -118,7 +121,7 @@ class Gate:
             raise Refusal(400, "bad_request", "HTTP/1.0 has no Transfer-Encoding", close=True)
         if request.expect and request.expect.lower() != b"100-continue":
             raise Refusal(417, "expectation_failed", "The only expectation that is met is 100-continue")
-        if b"key=" in request.query.lower() and self.is_own(request.path):
+        if request.query and b"key=" in request.query.lower() and self.is_own(request.path):
             raise Refusal(400, "key_in_url", "A key in the URL ends up in logs: send it as Authorization: Bearer KEY")
 
     # the complete request -------------------------------------------------------------------------------------------
@@ -130,7 +133,7 @@ class Gate:
     def handle(self, front: "Front", request: Request) -> None:
         """Answer the request, or set `front.exchange` to what will."""
         path = request.path
-        if path in (HEALTHZ, READYZ) and request.method in (b"GET", b"HEAD") and request.refusal is None:
+        if path in HEALTH_PATHS and request.method in (b"GET", b"HEAD") and request.refusal is None:
             self.answer_health(front, path)
             return
         ticket = self.receive(front, request)
@@ -185,7 +188,9 @@ class Gate:
         lines: bytes,
         body: bytes,
     ) -> None:
-        exchange = Exchange(self.core, self.clock, self.timeouts, ticket, front, route, start_line, lines, body)
+        exchange = Exchange(
+            self.core, self.clock, self.timeouts, self.outbox, ticket, front, route, start_line, lines, body
+        )
         front.exchange = exchange
         exchange.start()
 

@@ -77,10 +77,24 @@ class Report(Struct):
     gauges: dict[str, list[Counter]] = {}
 
 
-class Metrics:
-    """What one worker has counted."""
+class Series:
+    """All that is counted for one (model, endpoint, stream): a request looks it up once."""
+
+    __slots__ = ("bytes_in", "bytes_out", "codes", "duration", "first_token")
 
     def __init__(self) -> None:
+        self.codes: dict[str, int] = {}
+        self.duration = Histogram([0] * (len(DURATION) + 1))
+        self.first_token = Histogram([0] * (len(TTFT) + 1))
+        self.bytes_in = 0
+        self.bytes_out = 0
+
+
+class Metrics:
+    """What one worker has counted: finished figures by name and labels, and the running ones of `series`."""
+
+    def __init__(self) -> None:
+        self.series: dict[tuple[str, str, bool], Series] = {}
         self.counters: dict[str, dict[Labels, float]] = {}
         self.histograms: dict[str, dict[Labels, Histogram]] = {}
         for name, (kind, _, _) in FAMILIES.items():
@@ -88,29 +102,39 @@ class Metrics:
                 self.counters[name] = {}
             elif kind == "histogram":
                 self.histograms[name] = {}
-        # what every request touches, without the look-up by name
-        self.requests = self.counters["llm_gateway_requests_total"]
-        self.bytes = self.counters["llm_gateway_bytes_total"]
-        self.durations = self.histograms["llm_gateway_request_duration_seconds"]
-        self.ttft = self.histograms["llm_gateway_time_to_first_token_seconds"]
 
     def count(self, name: str, labels: Labels = (), amount: float = 1) -> None:
         series = self.counters[name]
         series[labels] = series.get(labels, 0) + amount
 
-    def duration(self, labels: Labels, seconds: float) -> None:
-        one = self.durations.get(labels)
-        if one is None:
-            one = self.durations[labels] = Histogram([0] * (len(DURATION) + 1))
-        one.observe(seconds, DURATION)
+    def of(self, model: str, endpoint: str, stream: bool) -> Series:
+        """The series a request belongs to, made when it is the first."""
+        key = (model, endpoint, stream)
+        found = self.series.get(key)
+        if found is None:
+            found = self.series[key] = Series()
+        return found
 
-    def first_token(self, model: str, seconds: float) -> None:
-        one = self.ttft.get((model,))
-        if one is None:
-            one = self.ttft[model,] = Histogram([0] * (len(TTFT) + 1))
-        one.observe(seconds, TTFT)
+    def collect(self) -> None:
+        """Move what the series have counted to the figures by name."""
+        for (model, endpoint, stream), series in self.series.items():
+            for code, count in series.codes.items():
+                self.count("llm_gateway_requests_total", (model, endpoint, code), count)
+            self.count("llm_gateway_bytes_total", (model, "in"), series.bytes_in)
+            self.count("llm_gateway_bytes_total", (model, "out"), series.bytes_out)
+            labels = (model, endpoint, "true" if stream else "false")
+            self.merge("llm_gateway_request_duration_seconds", labels, series.duration)
+            self.merge("llm_gateway_time_to_first_token_seconds", (model,), series.first_token)
+        self.series = {}
+
+    def merge(self, name: str, labels: Labels, more: Histogram) -> None:
+        if any(more.counts):
+            mine = self.histograms[name].setdefault(labels, Histogram([0] * len(more.counts)))
+            mine.counts = [a + b for a, b in zip(mine.counts, more.counts, strict=True)]
+            mine.total += more.total
 
     def report(self, worker: int, gauges: dict[str, dict[Labels, float]], wall: float) -> Report:
+        self.collect()
         return Report(
             worker,
             wall,
@@ -130,11 +154,8 @@ class Metrics:
                     self.count(name, tuple(sample.labels), sample.value)
         for name, distributions in report.histograms.items():
             for one in distributions:
-                size = len(BUCKETS.get(name, ())) + 1
-                if name in self.histograms and len(one.counts) == size:
-                    mine = self.histograms[name].setdefault(tuple(one.labels), Histogram([0] * size))
-                    mine.counts = [a + b for a, b in zip(mine.counts, one.counts, strict=True)]
-                    mine.total += one.total
+                if name in self.histograms and len(one.counts) == len(BUCKETS[name]) + 1:
+                    self.merge(name, tuple(one.labels), Histogram(one.counts, one.total))
 
 
 encode = msgspec.json.Encoder().encode

@@ -20,25 +20,20 @@ class Request:
     """Filled by the parser's callbacks, piece by piece; `checked` once its head was looked at before its body came."""
 
     __slots__ = (
-        "authorization", "checked", "coding", "complete", "content_type", "expect", "head_done", "head_fed",
-        "header_size", "headers", "host", "hosts", "http10", "keep_alive", "length", "method", "origin", "parts",
-        "path", "query", "refusal", "request_id", "size", "target", "upgrade",
+        "authorization", "checked", "coding", "complete", "content_type", "expect", "head_done", "head_fed", "headers",
+        "host", "hosts", "http10", "keep_alive", "length", "method", "origin", "parts", "path", "query", "refusal",
+        "request_id", "size", "target", "upgrade",
     )  # fmt: skip
 
     def __init__(self) -> None:
         self.target = b""
         self.headers: Headers = []
-        self.header_size = 0
         self.head_fed = 0  # bytes of reads that did not bring the end of the head
         self.parts: list[bytes] = []
         self.size = 0
         self.hosts = 0
-        self.method = self.path = self.query = b""
-        self.authorization = self.content_type = self.expect = self.host = self.origin = self.request_id = (
-            self.upgrade
-        ) = b""
-        self.coding = b""
-        self.length = b""
+        self.method = self.path = self.query = self.host = self.upgrade = self.coding = self.length = b""
+        self.authorization = self.content_type = self.expect = self.origin = self.request_id = b""
         self.http10 = self.keep_alive = False
         self.head_done = self.checked = self.complete = False
         self.refusal: Refusal | None = None
@@ -56,6 +51,9 @@ class Request:
                     self.hosts += 1
         self.head_done = True
 
+    def head_size(self) -> int:
+        return len(self.target) + sum(len(name) + len(value) + 4 for name, value in self.headers)
+
     def expects_body(self) -> bool:
         return bool(self.coding) or self.length not in (b"", b"0")
 
@@ -66,6 +64,17 @@ class Request:
     def body(self) -> bytes:
         parts = self.parts
         return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def without_upgrade(self) -> bytes:
+        """The head once more, as if no other protocol had been offered."""
+        lines = [b"%b %b HTTP/%b" % (self.method, self.target, b"1.0" if self.http10 else b"1.1")]
+        for name, value in self.headers:
+            if name == b"connection":
+                tokens = (token.strip() for token in value.split(b","))
+                lines.append(b"connection: " + b", ".join(token for token in tokens if token.lower() != b"upgrade"))
+            elif name != b"upgrade":
+                lines.append(b"%b: %b" % (name, value))
+        return b"\r\n".join(lines) + b"\r\n\r\n"
 
     def wants_websocket(self) -> bool:
         return self.method == b"GET" and self.upgrade.lower() == b"websocket"

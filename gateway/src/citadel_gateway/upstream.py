@@ -133,11 +133,6 @@ class Connection(asyncio.Protocol):
         """False for a reply that ends with the connection; then the end of the connection is no failure."""
         return self.status in (204, 304) or any(name in FRAMING for name, _ in self.headers)
 
-    def send(self, owner: Owner, request: bytes) -> None:
-        assert self.transport is not None
-        self.owner = owner
-        self.transport.write(request)
-
     def abort(self) -> None:
         """Close at once: the backend must notice now that nobody wants its answer any more."""
         self.owner = None

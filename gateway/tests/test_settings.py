@@ -1,0 +1,100 @@
+"""The three files, and what is said about mistakes in them."""
+
+import json
+from pathlib import Path
+
+import pytest
+from citadel_gateway.settings import ConfigError, Gateway, Keys, Models, engine_key, problems, read
+
+from gateway.tests.site import Site, digest
+
+
+def test_good_files_have_no_problems(site: Site) -> None:
+    site.model("one", 11400, aliases=["uno"])
+    assert problems(site.write()) == []
+    assert site.settings.limits.body_bytes == 16 * 1024 * 1024
+
+
+def test_an_unknown_key_is_named_with_its_file(site: Site) -> None:
+    site.config["timeouts"]["conect"] = 1
+    path = site.write()
+    (line,) = problems(path)
+    assert line == f"{path}: Object contains unknown field `conect` - at `$.timeouts`"
+    with pytest.raises(ConfigError, match="conect"):
+        read(path, Gateway)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("workers", 0), ("workers", "2"), ("listen", {"address": "x", "port": 70000}), ("timeouts", {"connect": 0})],
+)
+def test_impossible_values_are_refused(site: Site, field: str, value: object) -> None:
+    site.config[field] = value
+    (line,) = problems(site.write())
+    assert f"$.{field}" in line
+
+
+def test_what_the_types_cannot_say(site: Site) -> None:
+    site.model("one", 1, aliases=["two"])
+    site.model("two", 1)
+    site.model("three", 3, 3)
+    site.keys += [{"id": "user", "sha256": digest("x"), "models": ["nothing"]}, {"id": "y", "sha256": digest("x")}]
+    site.config["cors"]["allow_origins"] = ["page.example", "*"]
+    site.config["run_dir"] = "run"
+    site.config["control_socket"] = "/" + "x" * 120
+    found = "\n".join(problems(site.write()))
+    for text in (
+        "the name 'two' is used 2 times",
+        "127.0.0.1:1 belongs to both 'one' and 'two'",
+        "'three' names a backend twice",
+        "the id 'user' is used 2 times",
+        "the sha256",
+        "key 'user' names the model 'nothing'",
+        "'page.example' is no origin",
+        "run_dir: 'run' is not an absolute path",
+        "control_socket: longer than",
+    ):
+        assert text in found
+    assert len(found.splitlines()) == 9
+
+
+def test_each_file_is_looked_at(site: Site) -> None:
+    path = site.write()
+    Path(site.config["models_file"]).write_text("{")
+    Path(site.config["keys_file"]).unlink()
+    lines = problems(path)
+    assert lines[0].startswith(f"{site.config['models_file']}: ")
+    assert lines[1] == f"{site.config['keys_file']}: cannot be read: No such file or directory"
+    assert problems(site.folder / "nothing.json")[0].endswith("No such file or directory")
+
+
+@pytest.mark.parametrize(
+    ("kind", "value"),
+    [
+        (Models, {"models": [{"name": "a b", "backends": [{"host": "h", "port": 1}]}]}),
+        (Models, {"models": [{"name": "a", "backends": []}]}),
+        (Keys, {"keys": [{"id": "a", "sha256": "short"}]}),
+        (Keys, {"keys": [{"id": "a", "sha256": "0" * 64, "scopes": ["root"]}]}),
+    ],
+)
+def test_entries_are_checked(tmp_path: Path, kind: type[Models], value: object) -> None:
+    path = tmp_path / "f.json"
+    path.write_text(json.dumps(value))
+    with pytest.raises(ConfigError, match=str(path)):
+        read(path, kind)
+
+
+def test_the_engine_key(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert engine_key(site.settings) == "engine-secret"
+    site.config["engine_key_file"] = ""
+    monkeypatch.delenv("CREDENTIALS_DIRECTORY", raising=False)
+    with pytest.raises(ConfigError, match="neither"):
+        engine_key(site.settings)
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(site.folder))
+    assert engine_key(site.settings) == "engine-secret"
+    (site.folder / "engine-key").write_text("a b")
+    with pytest.raises(ConfigError, match="blank"):
+        engine_key(site.settings)
+    (site.folder / "engine-key").unlink()
+    with pytest.raises(ConfigError, match="cannot be read"):
+        engine_key(site.settings)
