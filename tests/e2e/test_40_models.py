@@ -1,7 +1,9 @@
 """Day 2: one model more, one model less, one setting changed."""
 
 import json
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx2
 from openai import OpenAI
@@ -34,24 +36,42 @@ def test_a_fifth_model_is_one_entry_and_goes_without_a_trace(
 
 
 def test_changing_one_setting_restarts_that_model_only_after_a_drain(
-    lab: Lab, client: OpenAI, changed_models: Callable[[str], list[str]]
+    lab: Lab, changed_models: Callable[[str], list[str]]
 ) -> None:
+    """Streams are open all the while: each one that was begun ends whole, and later ones are told to come back."""
     before = lab.pids()
     changed = changed_models("[m | ({'max_num_seqs': 3} if m['name'] == 'phi-3-mini' else {}) for m in models]")
-    # a long stream is open while the play restarts its model: it must end as if nothing had happened
-    stream = client.completions.create(
-        model="phi-3-mini", prompt="x", max_tokens=1500, stream=True, timeout=300, extra_body={"ignore_eos": True}
-    )
-    first = next(iter(stream))
-    output = lab.play("playbooks/vllm.yml", *changed)
-    rest = list(stream)
-    assert first.choices
-    assert rest[-1].choices[0].finish_reason == "length"
+    stop = threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        ends = pool.submit(stream_on_and_on, lab, "phi-3-mini", stop)
+        try:
+            output = lab.play("playbooks/vllm.yml", *changed)
+        finally:
+            stop.set()
+        assert set(ends.result()) == {"whole", "come back"}, ends.result()
     assert recap(output)[HOST]["changed"] > 0
     after = lab.pids()
     assert {name for name in MODELS if before[name] != after[name]} == {"phi-3-mini"}
     assert lab.generates("phi-3-mini")
-    assert "max-num-seqs: 3" in lab.ssh("cat /etc/citadel-llm/models/phi-3-mini.yaml").replace('"', "")
+    assert "max-num-seqs: 3" in lab.ssh("cat /etc/citadel-llm/models/phi-3-mini.yaml")
+
+
+def stream_on_and_on(lab: Lab, model: str, stop: threading.Event) -> list[str]:
+    """One stream of three seconds after another; how each of them ended."""
+    body = {"model": model, "prompt": "x", "max_tokens": 300, "stream": True, "ignore_eos": True}
+    ends = []
+    with httpx2.Client(timeout=60, trust_env=False, headers={"Authorization": f"Bearer {lab.key}"}) as client:
+        while not stop.is_set():
+            with client.stream("POST", f"{URL}/v1/completions", json=body) as reply:
+                text = "".join(reply.iter_text())
+                if reply.status_code == 503 and int(reply.headers["retry-after"]) >= 1:
+                    ends.append("come back")
+                    stop.wait(1)
+                elif reply.status_code == 200 and text.rstrip().endswith("data: [DONE]") and '"error"' not in text:
+                    ends.append("whole")
+                else:
+                    ends.append(f"{reply.status_code}: {text[-300:]}")
+    return ends
 
 
 def test_operators_drain_is_seen_by_clients(lab: Lab) -> None:
