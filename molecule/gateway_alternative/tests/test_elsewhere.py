@@ -120,33 +120,32 @@ def test_misspelt_and_unknown_words_of_a_key_are_refused() -> None:
     assert "must be one or more of" in refused(gateway_keys=[{**key, "scopes": ["root"]}])
 
 
-def test_fewer_workers_and_back(host: Host) -> None:
-    """The surplus worker goes, the others go on; and it comes back."""
+def test_fewer_workers_on_another_port_and_back(host: Host, fetch: Callable[..., Any]) -> None:
+    """The surplus worker goes and comes back; the socket moves with all workers."""
     running = "systemctl list-units --plain --no-legend --state=active 'citadel-gateway@*.service'"
-    for count in (2, 3):
-        run = play("-e", f'{{"gateway_workers": {count}}}')
+    for count, port in ((2, 9101), (3, 9100)):
+        run = play("-e", json.dumps({"gateway_workers": count, "gateway_port": port}))
         assert run.returncode == 0, run.stdout
         assert len(host.check_output(running).splitlines()) == count
-
-
-def test_it_moves_to_another_port(host: Host, fetch: Callable[..., Any]) -> None:
-    for port in (9101, 9100):
-        run = play("-e", f'{{"gateway_port": {port}}}')
-        assert run.returncode == 0, run.stdout
         assert fetch(f"http://10.77.0.110:{port}/healthz").status == 200
     assert host.run("systemctl is-failed 'citadel-gateway*'").rc != 0
 
 
-def test_removed_it_leaves_no_trace(host: Host) -> None:
+def test_a_release_that_does_not_start_stops_at_the_first_worker(host: Host, fetch: Callable[..., Any]) -> None:
+    """The play fails, the other workers serve on as they are, and the next good play puts everything right."""
+    broken = "/srv/broken/bin/citadel-gateway"
+    script = '#!/bin/sh\ntest "$1" = check-config\n'
+    host.check_output(
+        "mkdir --parents /srv/broken/bin && printf %s %s > %s && chmod 755 %s", "%s", script, broken, broken
+    )
+    running = "systemctl show --property=MainPID --value citadel-gateway@2.service citadel-gateway@3.service"
+    before = host.check_output(running)
     try:
-        run = play("-e", '{"gateway_state": "absent", "gateway_remove_data": true}')
-        assert run.returncode == 0, run.stdout
-        assert not host.check_output("systemctl list-units --all --plain --no-legend 'citadel-gateway*'")
-        assert not host.check_output(
-            "find /etc /run /srv/gw -name '*citadel-gateway*' -o -path '/srv/gw/*' -o -path /run/gw"
-        )
-        assert host.run("pgrep --full bin/citadel-gateway").rc == 1
-        again = play("-e", '{"gateway_state": "absent", "gateway_remove_data": true}')
-        assert "changed=0" in again.stdout, again.stdout
+        run = play("-e", "gateway_environment=/srv/broken")
+        assert run.returncode != 0
+        assert "citadel-gateway@1.service" in run.stdout
+        assert host.check_output(running) == before
+        assert all(fetch(f"{URL}/healthz").status == 200 for _ in range(5))
     finally:
         assert play().returncode == 0
+    assert host.check_output("systemctl is-active 'citadel-gateway@*.service'").split() == ["active"] * 3
