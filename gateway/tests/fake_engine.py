@@ -22,6 +22,7 @@ import asyncio
 import contextlib
 import json
 import struct
+import sys
 from dataclasses import dataclass, field
 from socket import SO_LINGER, SOL_SOCKET
 from typing import Any
@@ -232,3 +233,14 @@ def reset(writer: asyncio.StreamWriter) -> None:
     sock = writer.get_extra_info("socket")
     sock.setsockopt(SOL_SOCKET, SO_LINGER, struct.pack("ii", 1, 0))
     writer.transport.abort()
+
+
+async def main(port: int) -> None:
+    """A process of its own, for tests that need one."""
+    engine = await FakeEngine(port=port, events=5).start()
+    assert engine.server is not None
+    await engine.server.serve_forever()
+
+
+if __name__ == "__main__":
+    asyncio.run(main(int(sys.argv[1])))

@@ -8,7 +8,7 @@ import signal
 import socket
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,7 @@ class Worker:
             self.metrics.add(former)
         self.log = AccessLog(settings.access_log, self.lost)
         self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="files")
-        self.writing: asyncio.Future[int] | None = None
+        self.writing: Future[int] | None = None
         self.alive_every = watchdog_interval()
         self.alive_next = 0.0
         self.gate: Gate | None = None
@@ -103,12 +103,12 @@ class Worker:
             self.writing = None
         data = self.log.take()
         if data:
-            self.writing = asyncio.get_running_loop().run_in_executor(self.thread, self.log.write, data)
+            self.writing = self.thread.submit(self.log.write, data)
 
     def close(self) -> None:
         """The last lines and the last figures."""
         self.thread.shutdown(wait=True)
-        if self.writing is not None and self.writing.done():
+        if self.writing is not None:
             self.lost(self.writing.result())
         self.lost(self.log.write(self.log.take()))
         self.log.close()
