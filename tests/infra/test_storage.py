@@ -1,6 +1,8 @@
 """Mounts, directories, rotation and retention work; what to expect comes from the role's own files."""
 
 import re
+import shlex
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -31,32 +33,38 @@ def test_volumes_are_mounted_and_stay_so(host: Host, unit: Any) -> None:
         assert set(wanted["Options"].split(",")) - {"defaults"} <= set(listed[2].split(","))
 
 
-@pytest.mark.parametrize("path", ["/opt/citadel", "/opt/models", "/var/log/citadel-llm", "/var/cache/citadel-llm"])
-def test_the_areas_are_there_and_reachable_by_the_engines(host: Host, path: str) -> None:
-    """The engines' user can enter the area, and nobody but root and that user can write to it."""
-    area = host.file(path)
-    assert area.is_directory
-    assert not area.mode & 0o002
-    host.check_output("setpriv --reuid=agent0 --regid=agent0 --clear-groups test -x %s", path)
+@pytest.fixture
+def layout(read_json: Callable[[str], Any]) -> dict[str, Any]:
+    """What the role was asked for, as it says itself."""
+    found: dict[str, Any] = read_json("/etc/citadel-llm/storage.json")
+    return found
 
 
-def test_backups_are_for_root_alone(host: Host) -> None:
-    """The backup area is root's."""
-    area = host.file("/var/backups/citadel-llm")
-    assert (area.user, area.group, area.mode) == ("root", "root", 0o700)
-    assert host.run("setpriv --reuid=agent0 --regid=agent0 --clear-groups ls /var/backups/citadel-llm").rc != 0
+@pytest.fixture
+def directories(layout: dict[str, Any]) -> list[dict[str, Any]]:
+    return [entry for entry in layout["directories"] if entry.get("state") != "absent"]
 
 
-def test_the_engines_can_write_where_they_must(host: Host) -> None:
-    """The engines' user may write weights, logs and cache, and not into the application."""
-    for path, allowed in {
-        "/opt/models": True,
-        "/var/log/citadel-llm": True,
-        "/var/cache/citadel-llm": True,
-        "/opt/citadel": False,
-    }.items():
-        answer = host.run("setpriv --reuid=agent0 --regid=agent0 --clear-groups test -w %s", path)
-        assert (answer.rc == 0) is allowed, path
+def test_directories_have_their_owners_and_modes(host: Host, directories: list[dict[str, Any]]) -> None:
+    """Every directory is there, with the owner, group and mode of the inventory."""
+    names = " ".join(shlex.quote(entry["path"]) for entry in directories)
+    found = host.check_output(f"stat --format='%n %U %G %a' -- {names}").splitlines()
+    wanted = []
+    for entry in directories:
+        owner = entry.get("owner", "root")
+        wanted.append(f"{entry['path']} {owner} {entry.get('group', owner)} {entry.get('mode', '0755').lstrip('0')}")
+    assert found == wanted
+
+
+def test_owners_can_write_and_strangers_cannot(host: Host, directories: list[dict[str, Any]]) -> None:
+    """The owner of a directory reaches it and may write there; nobody else may, through all the folders above it."""
+    for entry in directories:
+        owner, path = entry.get("owner", "root"), entry["path"]
+        ours = f"setpriv --reuid={owner} --regid={entry.get('group', owner)} --init-groups"
+        mine = host.run(f"{ours} test -w %s -a -x %s", path, path)
+        assert mine.rc == 0, f"{owner} cannot write to {path}"
+        others = host.run("setpriv --reuid=nobody --regid=nogroup --clear-groups test -w %s", path)
+        assert others.rc != 0, f"everybody can write to {path}"
 
 
 def test_rotation_is_accepted_and_runs(host: Host, unit: Any) -> None:
@@ -83,7 +91,12 @@ def test_retention_is_accepted_and_runs(host: Host, unit: Any) -> None:
             assert host.file(line.split('"')[1]).is_directory, "retention of a folder that is not there"
 
 
-def test_there_is_room_for_the_models(host: Host) -> None:
-    """The models' file system is not full: 5 % or 10 GB are free, whichever is less."""
-    size, free = map(int, host.check_output("df --block-size=1 --output=size,avail /opt/models | tail -1").split())
-    assert free >= min(size // 20, 10 * 10**9), f"{free / 1e9:.1f} GB of {size / 1e9:.1f} GB are free"
+def test_there_is_room(host: Host, layout: dict[str, Any]) -> None:
+    """There is as much room as the inventory asks for, above all for the models."""
+    short = []
+    for entry in layout["space"]:
+        answer = host.check_output("df --block-size=1 --output=size,avail %s", entry["path"]).splitlines()[-1]
+        for key, has in zip(("size_gb", "free_gb"), map(int, answer.split()), strict=True):
+            if has < float(entry.get(key, 0)) * 1e9:
+                short.append(f"{entry['path']}: {key} {has / 1e9:.1f}, asked for {entry[key]}")
+    assert short == []
