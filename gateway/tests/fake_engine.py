@@ -8,6 +8,7 @@ The test tells it what to do by `mode` (for all requests) or by the header `x-fa
     503, 500, 401   this status with a body of OpenAI's shape
     close       close the connection without a byte
     die         send half of what was promised, then reset the connection
+    die_early   break off before the first event of a stream is complete
     die_event   break off in the middle of an event
     stall       send the first events of a stream and then nothing
     garbage     bytes that are no HTTP
@@ -175,8 +176,14 @@ class FakeEngine:
         writer.write(
             b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\ntransfer-encoding: chunked\r\n\r\n"
         )
+        if mode == "die_early":
+            writer.write(b"20\r\ndata: ")
         for number in range(self.events):
             event = event_bytes(number, request["model"])
+            if mode == "die_early":
+                await asyncio.sleep(0.02)
+                reset(writer)
+                return False
             if mode == "die" and number == 2:
                 await asyncio.sleep(0.02)
                 reset(writer)

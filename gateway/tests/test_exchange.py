@@ -343,3 +343,20 @@ async def test_requests_sent_ahead_are_answered_in_order(gateway: Running, engin
     assert got == ["n0", "n1", "n2", "n3"]
     assert len(engine.seen) == 4
     await wire.close()
+
+
+@pytest.mark.parametrize("mode", ["die_early", "die_reply"])
+async def test_another_backend_answers_while_nothing_was_sent(
+    site: Site, engine: FakeEngine, second: FakeEngine, mode: str
+) -> None:
+    """The head of a stream is held until its first event, and a reply until it is whole."""
+    gateway = await two(site, engine, second)
+    engine.mode = "die" if mode == "die_reply" else mode
+    for _ in range(3):
+        reply = await ask(gateway.port, chat(stream=mode == "die_early"))
+        assert reply.status == 200
+        assert b"error" not in reply.body
+    assert second.seen
+    await gateway.stop()
+    gateway.quiet()
+    assert {line["outcome"] for line in site.log()} == {"ok"}

@@ -13,6 +13,8 @@ def test_hop_by_hop_headers_and_secrets_stay_here() -> None:
         (b"x-mine", b"2"),
     ]
     assert passed_on(headers, DROP_TO_ENGINE) == b"content-type: application/json\r\nx-mine: 2\r\n"
+    two = [(b"connection", b"close, a"), (b"connection", b"b"), (b"a", b"1"), (b"b", b"2"), (b"c", b"3")]
+    assert passed_on(two, DROP_TO_ENGINE) == b"c: 3\r\n"
     assert passed_on([(b"connection", b"keep-alive"), (b"x", b"y")], DROP_TO_ENGINE) == b"x: y\r\n"
 
 

@@ -146,7 +146,8 @@ class Core:
         """The backend with the fewest requests in flight of those that are up and were not tried. Raises 503."""
         model = ticket.model
         assert model is not None
-        self.leave(ticket)
+        if ticket.backend is not None:
+            self.leave(ticket)
         best = None
         for backend in model.backends:
             if backend.health.up and (best is None or backend.inflight < best.inflight) and backend not in ticket.tried:
@@ -198,7 +199,8 @@ class Core:
         model = ticket.model
         if model is not None and ticket.state != RECEIVED:
             model.inflight -= 1
-        self.leave(ticket)
+        if ticket.backend is not None:
+            ticket.backend.inflight -= 1
         ticket.state = SETTLED
         self.open -= 1
         name = model.name if model is not None else "other"

@@ -136,10 +136,10 @@ class Exchange:
     # from the backend -----------------------------------------------------------------------------------------------
     def reply_progress(self, connection: Connection) -> None:
         self.last = self.clock()
-        if not connection.head_done:
-            return
         if self.head_sent:
             self.forward(connection)
+            return
+        if not connection.head_done:
             return
         for name, value in connection.headers:
             if name == b"content-type":
@@ -148,68 +148,70 @@ class Exchange:
                 self.length = int(value)
         if self.sse:
             self.length = -1
-            self.write_head(connection, b"transfer-encoding: chunked\r\n" if self.to.chunks else b"")
             self.forward(connection)
         elif connection.complete:
             self.whole(connection)
         elif self.length > WHOLE or sum(map(len, connection.parts)) > WHOLE:
-            if self.length >= 0:
-                self.write_head(connection, b"content-length: %d\r\n" % self.length)
-            else:
-                self.write_head(connection, b"transfer-encoding: chunked\r\n" if self.to.chunks else b"")
             self.forward(connection)
 
     def head(self, connection: Connection, framing: bytes) -> bytes:
+        self.head_sent = True
         status = connection.status
         passed = passed_on(connection.headers, DROP_TO_CLIENT)
         if status == 503 and b"retry-after: " not in passed:
             framing += b"retry-after: 1\r\n"
         return b"".join((status_line(status), passed, framing, self.to.common_headers(self.ticket), b"\r\n"))
 
-    def write_head(self, connection: Connection, framing: bytes) -> None:
-        self.head_sent = True
-        self.to.write(self.head(connection, framing))
-
     def whole(self, connection: Connection) -> None:
         """A complete reply in one write."""
         ticket = self.ticket
         status = connection.status
-        if (
-            status in (401, 403) and ticket.model is not None
-        ):  # about the gateway's key, which is not the client's affair
-            self.core.failed(ticket, "status")
-            self.release(connection)
-            self.refuse(
-                Refusal(502, "upstream_refused", "The engine refused the gateway's key", outcome="upstream_error")
-            )
-            return
+        if status >= 400 and ticket.model is not None:
+            if status in (401, 403):  # about the gateway's key, which the client cannot mend
+                self.core.failed(ticket, "status")
+                self.release(connection)
+                message = "The engine refused the gateway's key"
+                self.refuse(Refusal(502, "upstream_refused", message, outcome="upstream_error"))
+                return
+            if status >= 500:
+                self.core.failed(ticket, "status")
         parts = connection.parts
         body = parts[0] if len(parts) == 1 else b"".join(parts)
         ticket.bytes_out = len(body)
         self.core.first_byte(ticket, self.last)
-        self.head_sent = True
         framing = b"" if status in (204, 304) else b"content-length: %d\r\n" % len(body)
         self.to.write(self.head(connection, framing) + body)
-        if status >= 500 and ticket.model is not None:
-            self.core.failed(ticket, "status")
         self.finish(connection, keep_alive=True)
 
     def forward(self, connection: Connection) -> None:
-        """Pieces of a long reply or of a stream, framed anew; of a stream only whole events."""
+        """What one read brought of a stream or a long reply, framed anew, in one write; of a stream only whole events.
+
+        The head goes out with the first of them: until then another backend could answer.
+        """
         parts = connection.parts
+        complete = connection.complete
+        out = b""
         if parts:
             data = parts[0] if len(parts) == 1 else b"".join(parts)
             parts.clear()
             if self.sse:
                 data = self.whole_events(data)
             if data:
-                self.pass_on(data)
-        if connection.complete:
+                out = self.framed(data)
+        if complete:
             if self.tail:
-                self.pass_on(self.tail)
+                out += self.framed(self.tail)
                 self.tail = b""
-            if self.length < 0 and self.to.chunks:
-                self.to.write(END)
+            out += self.end_of_body()
+        if not self.head_sent and (out or complete):
+            if self.length >= 0:
+                framing = b"content-length: %d\r\n" % self.length
+            else:
+                framing = b"transfer-encoding: chunked\r\n" if self.to.chunks else b""
+            out = self.head(connection, framing) + out
+        if out:
+            self.to.write(out)
+        if complete:
             self.finish(connection, keep_alive=self.length >= 0 or self.to.chunks)
 
     def whole_events(self, data: bytes) -> bytes:
@@ -230,15 +232,16 @@ class Exchange:
         self.tail = data[cut:]
         return data[:cut]
 
-    def pass_on(self, data: bytes) -> None:
+    def framed(self, data: bytes) -> bytes:
+        """A piece of the body as it goes to the client."""
         ticket = self.ticket
         if ticket.state == SENT:
             self.core.first_byte(ticket, self.last)
         ticket.bytes_out += len(data)
-        if self.length < 0 and self.to.chunks:
-            self.to.write(b"%x\r\n%b\r\n" % (len(data), data))
-        else:
-            self.to.write(data)
+        return b"%x\r\n%b\r\n" % (len(data), data) if self.length < 0 and self.to.chunks else data
+
+    def end_of_body(self) -> bytes:
+        return END if self.length < 0 and self.to.chunks else b""
 
     def finish(self, connection: Connection, *, keep_alive: bool) -> None:
         """The reply is complete."""
@@ -262,8 +265,8 @@ class Exchange:
         now = self.clock()
         self.connection = None
         pool = self.pool
-        untouched = not connection.received and not self.head_sent
-        if untouched and self.reused and not self.stale_retried and now - self.ticket.sent < STALE and pool is not None:
+        unheard = not connection.received and not self.head_sent
+        if unheard and self.reused and not self.stale_retried and now - self.ticket.sent < STALE and pool is not None:
             self.stale_retried = True
             self.core.retried(self.ticket, "stale_connection")
             self.connect(pool)
@@ -274,7 +277,8 @@ class Exchange:
         broken = Refusal(
             502, "upstream_failed", "The engine broke off before its answer was complete", outcome="upstream_error"
         )
-        if untouched and reason == "reset" and self.ticket.model is not None and len(self.ticket.tried) < 2:
+        if not self.head_sent and reason == "reset" and self.ticket.model is not None and len(self.ticket.tried) < 2:
+            self.sse, self.length, self.tail = False, -1, b""
             self.elsewhere(broken)
         else:
             self.broken(broken)
@@ -289,9 +293,8 @@ class Exchange:
         self.drop()
         if self.sse:
             self.tail = b""
-            self.pass_on(stream_error(refusal.status, refusal.code, refusal.message))
-            if self.to.chunks:
-                self.to.write(END)
+            event = stream_error(refusal.status, refusal.code, refusal.message)
+            self.to.write(self.framed(event) + self.end_of_body())
             self.end(200, refusal.outcome, keep_alive=self.to.chunks, code=code or str(refusal.status))
         else:
             self.to.abort()

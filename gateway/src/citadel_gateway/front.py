@@ -274,7 +274,10 @@ class Front(HttpToolsProtocol):
         if self.current is not None and not keep_alive:
             self.current.keep_alive = False
         self.answered()
-        self.pump()
+        if self.ready or self.request is not None or self.garbage:
+            self.pump()
+        else:
+            self.flow.resume_reading()
 
     def refuse_connection(self, refusal: Refusal) -> None:
         """An answer to something that is no request (yet), and the end of the connection."""

@@ -1,9 +1,11 @@
 """Which headers go through, and how a head is put together. Names are lower case everywhere."""
 
-from collections.abc import Iterable
 from http import HTTPStatus
 
 Headers = list[tuple[bytes, bytes]]
+
+
+USUAL = frozenset((b"keep-alive", b"close", b"Keep-Alive", b"Close"))
 
 
 def names(text: str) -> frozenset[bytes]:
@@ -48,14 +50,16 @@ def status_line(status: int) -> bytes:
 
 def passed_on(headers: Headers, drop: frozenset[bytes]) -> bytes:
     """The header lines that go through: all but `drop` and those that a Connection header names."""
-    named: Iterable[bytes] = ()
+    lines = []
     for name, value in headers:
-        if name == b"connection" and value not in (b"keep-alive", b"close"):
-            named = (*named, *(token.strip().lower() for token in value.split(b",")))
-    return b"".join(
-        [
-            b"%b: %b\r\n" % (name, value)
-            for name, value in headers
-            if name not in drop and (not named or name not in named)
-        ]
-    )
+        if name not in drop:
+            lines.append(b"%b: %b\r\n" % (name, value))
+        elif name == b"connection" and value not in USUAL:
+            named = drop.union(*(named_in(tokens) for other, tokens in headers if other == b"connection"))
+            if named != drop:
+                return passed_on(headers, named)
+    return b"".join(lines)
+
+
+def named_in(value: bytes) -> frozenset[bytes]:
+    return frozenset(token.strip().lower() for token in value.split(b","))

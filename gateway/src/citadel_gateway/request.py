@@ -54,9 +54,6 @@ class Request:
     def head_size(self) -> int:
         return len(self.target) + sum(len(name) + len(value) + 4 for name, value in self.headers)
 
-    def expects_body(self) -> bool:
-        return bool(self.coding) or self.length not in (b"", b"0")
-
     def declared(self) -> int:
         """Content-Length; -1 when the length is not known beforehand."""
         return -1 if self.coding else int(self.length or 0)
