@@ -3,7 +3,7 @@
 import asyncio
 
 import pytest
-from citadel_gateway import front
+from citadel_gateway import front, replying
 
 from gateway.tests.client import KEY, Reply, Wire, ask, chat, connect, head_of, post, until
 from gateway.tests.fake_engine import FakeEngine
@@ -191,7 +191,7 @@ async def test_idle_and_silent_connections_are_closed(site: Site, engine: FakeEn
     await gateway.stop()
 
 
-async def test_a_thousand_idle_connections(gateway: Running) -> None:
+async def test_hundreds_of_idle_connections(gateway: Running) -> None:
     wires: list[Wire] = []
     for _ in range(10):
         wires += await asyncio.gather(*(connect(gateway.port) for _ in range(50)))
@@ -231,7 +231,7 @@ async def test_the_rules_of_closing(gateway: Running) -> None:
 async def test_a_client_that_never_takes_its_answer_is_let_go(
     gateway: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(front, "LINGER", 0.1)
+    monkeypatch.setattr(replying, "LINGER", 0.1)
     wire = await connect(gateway.port)
     wire.send(b"no http at all\r\n\r\n")
     await wire.reply()

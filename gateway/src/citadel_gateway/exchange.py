@@ -14,11 +14,11 @@ from citadel_gateway.errors import Refusal, stream_error
 from citadel_gateway.headers import DROP_TO_CLIENT, passed_on, status_line
 from citadel_gateway.outbox import Outbox
 from citadel_gateway.settings import Timeouts
+from citadel_gateway.sse import end_of_events
 from citadel_gateway.upstream import Connection, Pool
 
 STALE = 1.0  # a kept-alive connection that dies sooner than this after the request cannot have executed it
 WHOLE = 1024 * 1024  # replies up to this size are sent when they are complete, so that a broken one is an honest 502
-EVENT = 256 * 1024  # the longest event that is held back until its end came
 END = b"0\r\n\r\n"
 
 
@@ -219,18 +219,11 @@ class Exchange:
         if self.tail:
             data = self.tail + data
             self.tail = b""
-        if data.endswith((b"\n\n", b"\r\n\r\n")):
+        end = end_of_events(data)
+        if end == len(data):
             return data
-        cut = data.rfind(b"\n\n")
-        if cut >= 0:
-            cut += 2
-        else:
-            cut = data.rfind(b"\r\n\r\n")
-            cut = cut + 4 if cut >= 0 else 0
-        if len(data) - cut > EVENT:
-            return data
-        self.tail = data[cut:]
-        return data[:cut]
+        self.tail = data[end:]
+        return data[:end]
 
     def framed(self, data: bytes) -> bytes:
         """A piece of the body as it goes to the client."""

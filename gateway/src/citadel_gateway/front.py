@@ -6,17 +6,14 @@ requests, the gate decides, and an exchange writes the reply. Requests that a cl
 """
 
 import asyncio
-from collections import deque
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import httptools
 from uvicorn.config import Config
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
-from citadel_gateway.core import Ticket
 from citadel_gateway.errors import Refusal
-from citadel_gateway.headers import status_line
+from citadel_gateway.replying import LINGER, Replying
 from citadel_gateway.request import Request
 from citadel_gateway.tunnel import Tunnel
 
@@ -24,17 +21,13 @@ if TYPE_CHECKING:
     from citadel_gateway.exchange import Exchange
     from citadel_gateway.gate import Gate
 
-FOREVER = float("inf")
 SLOWEST = 16 * 1024  # bytes a second that a body must come with, beyond the time that headers have
-LINGER = 2.0  # seconds that a connection stays half open after an early answer, so that the client can read it
 POLITE = 256 * 1024  # a refused body up to this size is read to its end, and the connection kept
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
-class Front(HttpToolsProtocol):
+class Front(Replying):
     """One client connection. Subclassed by `bound_to` with the gate it belongs to; uvicorn makes the instances."""
-
-    gate: ClassVar["Gate"]
 
     def __init__(
         self,
@@ -45,16 +38,10 @@ class Front(HttpToolsProtocol):
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
         self.parser = httptools.HttpRequestParser(self)  # without the leniency that uvicorn switches on
-        self.request: Request | None = None  # the one that is being read
-        self.current: Request | None = None  # the one that is being answered
-        self.ready: deque[Request] = deque()
         self.exchange: Exchange | None = None
         self.tunnel: Tunnel | None = None
         self.garbage = False  # what follows cannot be understood
-        self.lingering = False
-        self.deadline = FOREVER
         self.peer = ""
-        self.chunks = True
 
     # asyncio --------------------------------------------------------------------------------------------------------
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn declares it
@@ -199,75 +186,7 @@ class Front(HttpToolsProtocol):
             self.current = request
             self.refuse(self.gate.receive(self, request), request.refusal, close=True)
 
-    # answers --------------------------------------------------------------------------------------------------------
-    def write(self, data: bytes) -> None:
-        self.gate.outbox.put(self.transport, data, self.gate.core.open)
-
-    def abort(self) -> None:
-        self.gate.outbox.flush()
-        self.transport.abort()
-
-    def close(self) -> None:
-        """Close when everything has been sent."""
-        self.gate.outbox.flush()
-        self.transport.close()
-
-    def common_headers(self, ticket: Ticket) -> bytes:
-        """The lines that every answer has, up to the blank one."""
-        gate = self.gate
-        request = self.current
-        lines = gate.date_line
-        if ticket.request_id:  # a health answer has none
-            lines += b"x-request-id: %b\r\n" % ticket.request_id
-        if request is not None and request.origin:
-            lines += gate.cors_lines(request.origin)
-        if gate.stopping or request is None or not request.keep_alive:
-            lines += b"connection: close\r\n"
-        elif request.http10:
-            lines += b"connection: keep-alive\r\n"
-        return lines
-
-    def answer(
-        self, ticket: Ticket, status: int, lines: bytes, body: bytes, outcome: str = "ok", code: str = ""
-    ) -> None:
-        """An answer of the gateway's own, complete."""
-        self.answer_uncounted(ticket, status, lines, body)
-        self.gate.core.settle(ticket, self.gate.clock(), status, outcome, code)
-
-    def answer_uncounted(self, ticket: Ticket, status: int, lines: bytes, body: bytes) -> None:
-        request = self.current
-        ticket.bytes_out = len(body)
-        if status != 204:
-            lines += b"content-length: %d\r\n" % len(body)
-        if request is not None and request.method == b"HEAD":
-            body = b""
-        self.write(b"".join((status_line(status), lines, self.common_headers(ticket), b"\r\n", body)))
-
-    def refuse(self, ticket: Ticket, refusal: Refusal, *, close: bool = False) -> None:
-        """An error of the gateway's own; `close` when the rest of the request will not be read."""
-        request = self.current
-        if request is not None and (close or refusal.close):
-            request.keep_alive = False
-        lines = b"content-type: application/json\r\n" + refusal.headers()
-        code = "timeout" if refusal.status in (408, 504) else ""
-        self.answer(ticket, refusal.status, lines, refusal.body(), refusal.outcome, code)
-        if close:
-            self.linger()
-
-    def answered(self) -> None:
-        """The current request has its whole answer."""
-        if self.lingering:
-            return
-        request, self.current = self.current, None
-        if self.gate.stopping:  # the next request may be on its way already
-            self.linger()
-        elif request is None or not request.keep_alive:
-            self.lingering = True
-            self.deadline = self.gate.clock() + LINGER
-            self.close()
-        else:
-            self.deadline = self.gate.clock() + self.gate.timeouts.keepalive
-
+    # ends -----------------------------------------------------------------------------------------------------------
     def exchange_done(self, keep_alive: bool) -> None:
         """Called by the exchange at its end, whatever it was."""
         self.exchange = None
@@ -284,23 +203,6 @@ class Front(HttpToolsProtocol):
         self.current = self.request or Request()
         self.request = None
         self.refuse(self.gate.receive(self, self.current), refusal, close=True)
-
-    def linger(self) -> None:
-        """Close, but let the client read what was sent: closing on unread bytes would reset the connection under the
-        answer.
-        """
-        self.lingering = True
-        self.ready.clear()
-        self.request = None
-        self.deadline = self.gate.clock() + LINGER
-        self.gate.outbox.flush()
-        if self.transport.is_closing():
-            return
-        if self.transport.can_write_eof():
-            self.transport.write_eof()
-            self.flow.resume_reading()
-        else:
-            self.transport.close()
 
     # upgrade --------------------------------------------------------------------------------------------------------
     def upgraded(self, rest: bytes) -> None:
