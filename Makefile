@@ -79,4 +79,4 @@ lock: venv ## resolve and lock all requirements anew
 	files/requirements/lock.sh
 
 bench: venv ## time of a site.yml that has nothing to change, by role and task
-	$(BIN)/python tools/profile_play.py
+	$(BIN)/python tools/profile_play.py --budget 120 lab/lab play playbooks/site.yml
