@@ -43,7 +43,7 @@ class Site:
             "workers": 2,
             "cors": {"allow_origins": ["https://page.example"]},
             "limits": {},
-            "timeouts": {"connect": 1, "probe_interval": 0.5, "probe": 0.5, "headers": 5, "drain": 2},
+            "timeouts": {"connect": 1, "probe_interval": 0.5, "probe": 0.5, "headers": 5, "drain": 20},
         }
         self.models: list[dict[str, Any]] = []
         self.keys: list[dict[str, Any]] = [
