@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Run a playbook (without a COMMAND: site.yml on the lab) and print its time by role and by task.
 
-The times are those of Ansible's own profile_tasks callback (ansible.cfg switches it on). Meant for a run that has
+The times are those of Ansible's own profile_tasks callback. Meant for a run that has
 nothing to change: with ``--budget SECONDS`` it fails if the run took longer or changed something.
 """
 
@@ -35,6 +35,7 @@ def main() -> int:
     arguments = parser.parse_args()
     environment = {
         **os.environ,
+        "ANSIBLE_CALLBACKS_ENABLED": "ansible.posix.profile_tasks",
         "PROFILE_TASKS_TASK_OUTPUT_LIMIT": "all",
         "PROFILE_TASKS_SORT_ORDER": "none",
         "ANSIBLE_NOCOLOR": "1",
