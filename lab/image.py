@@ -34,6 +34,9 @@ WHEELHOUSE = CACHE / "wheelhouse"
 MODELS = CACHE / "models"
 REQUIREMENTS = REPO / "files" / "requirements"
 WHEEL_SETS = ("installer", "gateway", "cpu")
+PYTHONS = {"bookworm": "3.11", "trixie": "3.13"}
+NEWEST_GLIBC = 36  # bookworm's minor version; wheels for older ones run too
+OLD_TAGS = ("manylinux2014_x86_64", "manylinux2010_x86_64", "manylinux1_x86_64", "linux_x86_64")
 DEFAULT_RELEASE = "bookworm"
 KEEP_SECONDS = 14 * 24 * 3600
 BASE_RECIPE = "1"  # raised when the way the base image is built changes
@@ -99,17 +102,30 @@ def _host_keys_at_boot(root: Path) -> None:
     unit.write_text("[Service]\nExecStartPre=\nExecStartPre=/usr/bin/ssh-keygen -A\nExecStartPre=/usr/sbin/sshd -t\n")
 
 
-def wheelhouse() -> None:
-    """Download every wheel of the locks that hosts install from; a stamp tells when nothing is to do."""
-    locks = [REQUIREMENTS / f"{name}.txt" for name in WHEEL_SETS if (REQUIREMENTS / f"{name}.txt").exists()]
-    stamp = WHEELHOUSE / f".complete-{digest_of(locks)}"
+def wheelhouse(release: str) -> None:
+    """Download every wheel that hosts of a release install from the locks; a stamp tells when nothing is to do.
+
+    The machine's own Python may be another one than the hosts': uv picks from the universal locks what the hosts'
+    Python needs, pip fetches it.
+    """
+    python = PYTHONS[release]
+    locks = [REQUIREMENTS / f"{name}.txt" for name in WHEEL_SETS]
+    stamp = WHEELHOUSE / f".complete-{python}-{digest_of(locks)}"
     if stamp.exists():
         return
-    say("downloading wheels into the wheelhouse (3 GB the first time)")
+    say(f"downloading wheels for Python {python} into the wheelhouse (3 GB the first time)")
     WHEELHOUSE.mkdir(parents=True, exist_ok=True)
+    tags = [*(f"manylinux_2_{minor}_x86_64" for minor in range(NEWEST_GLIBC, 4, -1)), *OLD_TAGS, "any"]
+    platforms = [word for tag in tags for word in ("--platform", tag)]
+    abis = [word for abi in (f"cp{python.replace('.', '')}", "abi3", "none") for word in ("--abi", abi)]
     for lock in locks:
-        pip: list[str | Path] = [VENV / "bin" / "python", "-m", "pip", "download", "--quiet", "--dest", WHEELHOUSE]
-        run([*pip, "--no-deps", "--require-hashes", "--only-binary=:all:", "--requirement", lock])
+        picked = STATE / f"{lock.stem}-{python}.txt"
+        run([VENV / "bin" / "uv", "pip", "compile", lock, "--quiet", "--no-deps", "--generate-hashes", "--no-annotate",
+             "--no-header", "--python-version", python, "--python-platform", f"x86_64-manylinux_2_{NEWEST_GLIBC}",
+             "--output-file", picked])  # fmt: skip
+        run([VENV / "bin" / "python", "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes",
+             "--only-binary=:all:", "--python-version", python, "--implementation", "cp", *abis, *platforms,
+             "--dest", WHEELHOUSE, "--requirement", picked])  # fmt: skip
     stamp.touch()
 
 
@@ -163,12 +179,13 @@ def lower(host: Host, release: str, build: Callable[[Layer, Path], None], *, bar
     return folders
 
 
-def prepare() -> None:
+def prepare(release: str, *, wheels: bool = True) -> None:
     """All that can be made before a host boots."""
     sys.dont_write_bytecode = True
     for folder in (WHEELHOUSE, MODELS):
         folder.mkdir(parents=True, exist_ok=True)
     with building("contents"):
         secrets_of_the_lab()
-        wheelhouse()
+        if wheels:
+            wheelhouse(release)
         models()
