@@ -41,19 +41,15 @@ def test_unit_is_hardened(lab: Lab) -> None:
 
 def test_full_queue_is_503_with_retry_after(lab: Lab) -> None:
     """More requests than the engine's queue holds: those too many are told to come back, the others are answered."""
-    body = {"model": "openchat-3.5", "prompt": "x", "max_tokens": 100, "ignore_eos": True}  # 8 at a time, 64 wait
-
-    def ask(_: int) -> httpx2.Response:
-        return httpx2.post(
-            f"{URL}/v1/completions",
-            json=body,
-            headers={"Authorization": f"Bearer {lab.key}"},
-            timeout=180,
-            trust_env=False,
-        )
-
-    with ThreadPoolExecutor(120) as pool:
-        replies = list(pool.map(ask, range(120)))
+    # 8 at a time, 64 wait; long enough that none ends before the last has come
+    body = {"model": "openchat-3.5", "prompt": "x", "max_tokens": 200, "ignore_eos": True}
+    headers = {"Authorization": f"Bearer {lab.key}"}
+    limits = httpx2.Limits(max_connections=120)
+    with (
+        httpx2.Client(timeout=180, trust_env=False, headers=headers, limits=limits) as client,
+        ThreadPoolExecutor(120) as pool,
+    ):
+        replies = list(pool.map(lambda _: client.post(f"{URL}/v1/completions", json=body), range(120)))
     statuses = {reply.status_code for reply in replies}
     assert statuses == {200, 503}, statuses
     refused = [reply for reply in replies if reply.status_code == 503]

@@ -29,7 +29,8 @@ def test_a_fifth_model_is_one_entry_and_goes_without_a_trace(
     )
     assert sorted(model.id for model in client.models.list()) == sorted(MODELS)
     left = lab.ssh(
-        "find /etc /var/log /var/lib /var/cache /run /opt/citadel/bin /opt/models -name '*fifth*' 2>/dev/null", check=False
+        "find /etc /var/log /var/lib /var/cache /run /opt/citadel/bin /opt/models -name '*fifth*' 2>/dev/null",
+        check=False,
     )
     assert left == ""
     assert "fifth" not in lab.ssh("systemctl list-units --all --no-legend 'citadel-llm@*'")
