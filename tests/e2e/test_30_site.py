@@ -27,6 +27,14 @@ def test_check_mode_on_a_host_that_has_nothing(lab: Lab) -> None:
         lab.run("lab/lab", "down", SPARE)
 
 
+def test_an_unreachable_host_is_named_and_the_others_go_on(lab: Lab) -> None:
+    lab.run("lab/lab", "down", SPARE)
+    output = lab.play("playbooks/preflight.yml", "-i", "lab/second.yml", check=False)
+    counts = recap(output)
+    assert (counts[SPARE]["unreachable"], counts[SPARE]["ok"]) == (1, 0)
+    assert (counts[HOST]["unreachable"], counts[HOST]["failed"]) == (0, 0)
+
+
 def test_second_run_changes_nothing_in_time(lab: Lab) -> None:
     """SPEC §8: at most 120 s. Measured alone; three times that fails, as machines differ."""
     start = time.monotonic()
