@@ -64,7 +64,7 @@ molecule: venv ## one scenario: make molecule S=gateway
 
 test: tools venv check ## everything: check, each molecule scenario, site.yml on the lab, end-to-end tests
 	@$(STAGE) images 420 lab/lab prepare
-	@$(STAGE) scenarios 1800 lab/lab exec pytest tests/scenarios tests/e2e -v --durations=25
+	@$(STAGE) --last scenarios 1800 lab/lab exec pytest tests/scenarios tests/e2e -v --durations=25
 
 e2e: tools venv ## the end-to-end tests on the lab
 	lab/lab exec pytest tests/e2e -v
