@@ -60,7 +60,7 @@ unit: venv
 
 molecule: venv ## one scenario: make molecule S=gateway
 	@test -n "$(S)" || { echo "which scenario? make molecule S=$$(ls -m molecule | tr -d ' \n' | sed 's/,/ or S=/g')" >&2; exit 2; }
-	lab/lab exec molecule test -s $(S)
+	lab/lab exec sh -c 'molecule reset -s $(S) && molecule test -s $(S)'
 
 test: tools venv check ## everything: check, each molecule scenario, site.yml on the lab, end-to-end tests
 	@$(STAGE) images 420 lab/lab prepare

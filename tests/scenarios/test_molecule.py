@@ -23,13 +23,17 @@ SCENARIOS = sorted(
 )
 
 
-def run(name: str) -> tuple[int, str, float]:
-    """Status, output and seconds of `molecule test`."""
+def run(name: str, state: Path) -> tuple[int, str, float]:
+    """Status, output and seconds of `molecule test`.
+
+    ``state``: where molecule notes what it has created. Its own place is shared by all checkouts of one name, and a
+    note of an earlier run would have it skip making the hosts.
+    """
     start = time.monotonic()
     done = subprocess.run(
         ["molecule", "test", "-s", name],
         cwd=REPO,
-        env=os.environ | {"NO_COLOR": "1"},
+        env=os.environ | {"NO_COLOR": "1", "MOLECULE_EPHEMERAL_DIRECTORY": str(state / name)},
         text=True,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -41,10 +45,11 @@ def run(name: str) -> tuple[int, str, float]:
 
 
 @pytest.fixture(scope="module")
-def running() -> Iterator[dict[str, "Future[tuple[int, str, float]]"]]:
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, "Future[tuple[int, str, float]]"]]:
     """All scenarios, in order, on a few threads."""
+    state = tmp_path_factory.mktemp("molecule")
     with ThreadPoolExecutor(AT_A_TIME) as pool:
-        yield {name: pool.submit(run, name) for name in SCENARIOS}
+        yield {name: pool.submit(run, name, state) for name in SCENARIOS}
         pool.shutdown(cancel_futures=True)
 
 
