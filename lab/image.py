@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import network
 import tiny_models
 from common import (
     BASE_PACKAGES,
@@ -21,6 +22,7 @@ from common import (
     STATE,
     VENV,
     Host,
+    LabError,
     Layer,
     building,
     digest_of,
@@ -69,7 +71,16 @@ def base(release: str) -> Path:
     return folder
 
 
+def _needs_the_machines_network(what: str) -> None:
+    """Commands of `lab/lab exec` see the lab's network only, from which no registry is reached. Raises LabError."""
+    if network.inside():
+        raise LabError(
+            f"{what} is not in the cache, and cannot be made from inside the lab: run `lab/lab prepare` first"
+        )
+
+
 def _build_base(release: str, folder: Path, sources: str, options: str) -> None:
+    _needs_the_machines_network(f"the base image of {release}")
     say(f"building the base image of {release} (about half a minute)")
     new = folder.with_suffix(".new")
     shutil.rmtree(new, ignore_errors=True)
@@ -113,6 +124,7 @@ def wheelhouse(release: str) -> None:
     stamp = WHEELHOUSE / f".complete-{python}-{digest_of(locks)}"
     if stamp.exists():
         return
+    _needs_the_machines_network(f"the wheelhouse for Python {python}")
     say(f"downloading wheels for Python {python} into the wheelhouse (3 GB the first time)")
     WHEELHOUSE.mkdir(parents=True, exist_ok=True)
     tags = [*(f"manylinux_2_{minor}_x86_64" for minor in range(NEWEST_GLIBC, 4, -1)), *OLD_TAGS, "any"]
