@@ -77,6 +77,7 @@ docs: venv ## write the roles' READMEs anew from their argument_specs
 
 lock: venv ## resolve and lock all requirements anew
 	files/requirements/lock.sh
+	uv pip compile requirements.in --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --quiet --output-file requirements.txt
 
 bench: venv ## time of a site.yml that has nothing to change, by role and task
 	$(BIN)/python tools/profile_play.py --budget 120 lab/lab play playbooks/site.yml

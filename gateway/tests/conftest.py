@@ -4,7 +4,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from citadel_gateway import worker
+from citadel_gateway.worker import process
 
 from gateway.tests.fake_engine import FakeEngine
 from gateway.tests.site import Running, Site
@@ -32,7 +32,7 @@ def site(tmp_path: Path) -> Site:
 @pytest.fixture
 async def gateway(site: Site, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Running]:
     """One worker in front of `engine`, which serves the model `one` with the alias `uno`."""
-    monkeypatch.setattr(worker, "GRACE", 0.1)
+    monkeypatch.setattr(process, "GRACE", 0.1)
     if not site.models:
         site.model("one", engine.port, aliases=["uno"], context=8192)
     running = await Running(site).start()

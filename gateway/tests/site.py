@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import uvicorn
-from citadel_gateway.exchange import Exchange
-from citadel_gateway.front import Front, bound_to
-from citadel_gateway.gate import Gate
 from citadel_gateway.settings import Gateway, read
-from citadel_gateway.worker import Worker, WorkerServer, answered_elsewhere
+from citadel_gateway.worker.exchange import Exchange
+from citadel_gateway.worker.front import Front, bound_to
+from citadel_gateway.worker.gate import Gate
+from citadel_gateway.worker.process import Worker, WorkerServer, answered_elsewhere
 
 from gateway.tests import fake_engine
 from gateway.tests.client import ADMIN, KEY, until

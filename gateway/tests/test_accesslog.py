@@ -5,8 +5,8 @@ import os
 from pathlib import Path
 
 import pytest
-from citadel_gateway import accesslog
-from citadel_gateway.accesslog import AccessLog, Line
+from citadel_gateway.worker import accesslog
+from citadel_gateway.worker.accesslog import AccessLog, Line
 
 
 def line(number: int = 0) -> Line:

@@ -1,6 +1,6 @@
 """Models, backends and keys by name."""
 
-from citadel_gateway.catalogue import Catalogue, KeyRing
+from citadel_gateway.core.catalogue import Catalogue, KeyRing
 from citadel_gateway.settings import Address, Key, Model
 from citadel_gateway.snapshot import Snapshot
 

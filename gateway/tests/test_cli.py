@@ -7,7 +7,7 @@ import sys
 
 import pytest
 from citadel_gateway import __version__
-from citadel_gateway.cli import main
+from citadel_gateway.cli.main import main
 
 from gateway.tests.site import Site
 

@@ -1,12 +1,12 @@
 """The decision core alone: no socket, no loop, the clock passed in."""
 
 import pytest
-from citadel_gateway.accesslog import Line
-from citadel_gateway.core import ADMITTED, FIRST_BYTE, RECEIVED, ROUTED, SENT, SETTLED, Core, Ticket, with_model
+from citadel_gateway.core.core import ADMITTED, FIRST_BYTE, RECEIVED, ROUTED, SENT, SETTLED, Core, Ticket, with_model
 from citadel_gateway.errors import Refusal
 from citadel_gateway.metrics import Metrics
 from citadel_gateway.settings import Address, Key, Model
 from citadel_gateway.snapshot import Snapshot
+from citadel_gateway.worker.accesslog import Line
 
 from gateway.tests.site import digest
 

@@ -3,7 +3,7 @@
 import asyncio
 
 import pytest
-from citadel_gateway import front, replying
+from citadel_gateway.worker import front, replying
 
 from gateway.tests.client import KEY, Reply, Wire, ask, chat, connect, head_of, post, until
 from gateway.tests.fake_engine import FakeEngine

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 import pytest
 import uvicorn
 from citadel_gateway import snapshot
-from citadel_gateway.control import make_app
+from citadel_gateway.control.app import make_app
 
 from gateway.tests import fake_engine
 from gateway.tests.client import ADMIN, ask, chat, connect, get, head_of, post, until

@@ -1,6 +1,6 @@
 """Which headers go through."""
 
-from citadel_gateway.headers import DROP_TO_CLIENT, DROP_TO_ENGINE, passed_on, status_line
+from citadel_gateway.worker.headers import DROP_TO_CLIENT, DROP_TO_ENGINE, passed_on, status_line
 
 
 def test_hop_by_hop_headers_and_secrets_stay_here() -> None:

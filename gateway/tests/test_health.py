@@ -1,6 +1,6 @@
 """When a backend is up, and when it is asked again."""
 
-from citadel_gateway.health import FIRST_RETRY, PATIENCE, Health
+from citadel_gateway.core.health import FIRST_RETRY, PATIENCE, Health
 
 
 def test_a_refusal_takes_it_down_at_once_and_a_probe_brings_it_back() -> None:

@@ -2,7 +2,7 @@
 
 import asyncio
 
-from citadel_gateway.outbox import FEW, Outbox
+from citadel_gateway.worker.outbox import FEW, Outbox
 
 
 class FakeTransport(asyncio.Transport):

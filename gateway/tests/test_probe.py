@@ -2,7 +2,7 @@
 
 import asyncio
 
-from citadel_gateway.probe import probe
+from citadel_gateway.worker.probe import probe
 
 from gateway.tests.fake_engine import FakeEngine
 from gateway.tests.site import free_port

@@ -1,6 +1,6 @@
 """What is read from a request's head."""
 
-from citadel_gateway.request import Request
+from citadel_gateway.worker.request import Request
 
 
 def request(*headers: tuple[bytes, bytes], target: bytes = b"/p?q=1", version: str = "1.1") -> Request:

@@ -3,7 +3,7 @@
 import random
 
 import pytest
-from citadel_gateway.sse import LONGEST, end_of_events
+from citadel_gateway.worker.sse import LONGEST, end_of_events
 
 
 @pytest.mark.parametrize(

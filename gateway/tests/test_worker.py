@@ -4,8 +4,8 @@ import asyncio
 import time
 
 import pytest
-from citadel_gateway import worker
 from citadel_gateway.metrics import read_report
+from citadel_gateway.worker import process
 
 from gateway.tests.client import ask, chat, connect, get, until
 from gateway.tests.fake_engine import FakeEngine, stream_bytes
@@ -65,7 +65,7 @@ async def test_readiness_ends_with_the_stop(gateway: Running, engine: FakeEngine
 async def test_what_takes_too_long_is_cut_with_an_error(
     site: Site, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(worker, "GRACE", 0.1)
+    monkeypatch.setattr(process, "GRACE", 0.1)
     site.config["timeouts"]["drain"] = 0.4
     site.model("one", engine.port)
     gateway = await Running(site).start()

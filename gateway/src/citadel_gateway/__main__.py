@@ -2,6 +2,6 @@
 
 import sys
 
-from citadel_gateway.cli import main
+from citadel_gateway.cli.main import main
 
 sys.exit(main())

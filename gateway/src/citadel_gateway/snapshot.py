@@ -17,9 +17,13 @@ from citadel_gateway.settings import (
     Keys,
     Model,
     Models,
+    Policies,
+    User,
     key_problems,
     model_problems,
+    policy_problems,
     read,
+    read_policies,
 )
 
 Reasons = dict[
@@ -28,10 +32,16 @@ Reasons = dict[
 
 
 class Snapshot(Struct, frozen=True):
+    """Users and keys are those of keys.json and of the database together; models and policies have the run-time
+    changes in them (weights, aliases, tiers).
+    """
+
     created: int  # when the model list was written; what /v1/models shows as the models' age
     models: tuple[Model, ...]
     keys: tuple[Key, ...]
     draining: Reasons = {}
+    users: tuple[User, ...] = ()
+    policies: Policies = Policies()
 
 
 decode = msgspec.json.Decoder(Snapshot).decode
@@ -63,12 +73,15 @@ def merge(gateway: Gateway, reasons: Reasons) -> Snapshot:
     """The two rendered files and the drain states as one; `ConfigError` when the files cannot be used."""
     models = read(gateway.models_file, Models)
     keys = read(gateway.keys_file, Keys)
+    policies = read_policies(gateway)
     found = model_problems(models, gateway.models_file) + key_problems(keys, None, gateway.keys_file)
+    found += policy_problems(policies, models, gateway.policies_file)
     if found:
         raise ConfigError(*found)
     created = int(Path(gateway.models_file).stat().st_mtime)
     names = {model.name for model in models.models}
-    return Snapshot(created, models.models, keys.keys, {name: why for name, why in reasons.items() if name in names})
+    kept = {name: why for name, why in reasons.items() if name in names}
+    return Snapshot(created, models.models, keys.keys, kept, keys.users, policies)
 
 
 def write(gateway: Gateway, snapshot: Snapshot) -> None:

@@ -13,13 +13,13 @@ from uvicorn.config import Config
 from uvicorn.server import ServerState
 
 from citadel_gateway.errors import Refusal
-from citadel_gateway.replying import LINGER, Replying
-from citadel_gateway.request import Request
-from citadel_gateway.tunnel import Tunnel
+from citadel_gateway.worker.replying import LINGER, Replying
+from citadel_gateway.worker.request import Request
+from citadel_gateway.worker.tunnel import Tunnel
 
 if TYPE_CHECKING:
-    from citadel_gateway.exchange import Exchange
-    from citadel_gateway.gate import Gate
+    from citadel_gateway.worker.exchange import Exchange
+    from citadel_gateway.worker.gate import Gate
 
 SLOWEST = 16 * 1024  # bytes a second that a body must come with, beyond the time that headers have
 POLITE = 256 * 1024  # a refused body up to this size is read to its end, and the connection kept

@@ -8,13 +8,13 @@ from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
-from citadel_gateway.core import Ticket
+from citadel_gateway.core.core import Ticket
 from citadel_gateway.errors import Refusal
-from citadel_gateway.headers import status_line
-from citadel_gateway.request import Request
+from citadel_gateway.worker.headers import status_line
+from citadel_gateway.worker.request import Request
 
 if TYPE_CHECKING:
-    from citadel_gateway.gate import Gate
+    from citadel_gateway.worker.gate import Gate
 
 FOREVER = float("inf")
 LINGER = 2.0  # seconds that a connection stays half open after an early answer, so that the client can read it

@@ -9,13 +9,13 @@ import asyncio
 from collections.abc import Callable
 from typing import Protocol
 
-from citadel_gateway.core import FIRST_BYTE, SENT, Core, Ticket
+from citadel_gateway.core.core import FIRST_BYTE, SENT, Core, Ticket
 from citadel_gateway.errors import Refusal, stream_error
-from citadel_gateway.headers import DROP_TO_CLIENT, passed_on, status_line
-from citadel_gateway.outbox import Outbox
 from citadel_gateway.settings import Timeouts
-from citadel_gateway.sse import end_of_events
-from citadel_gateway.upstream import Connection, Pool
+from citadel_gateway.worker.headers import DROP_TO_CLIENT, passed_on, status_line
+from citadel_gateway.worker.outbox import Outbox
+from citadel_gateway.worker.sse import end_of_events
+from citadel_gateway.worker.upstream import Connection, Pool
 
 STALE = 1.0  # a kept-alive connection that dies sooner than this after the request cannot have executed it
 WHOLE = 1024 * 1024  # replies up to this size are sent when they are complete, so that a broken one is an honest 502

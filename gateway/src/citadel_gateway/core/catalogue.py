@@ -5,7 +5,7 @@ new one.
 import hashlib
 from typing import Any
 
-from citadel_gateway.health import Health
+from citadel_gateway.core.health import Health
 from citadel_gateway.settings import Address
 from citadel_gateway.settings import Key as KeyEntry
 from citadel_gateway.settings import Model as ModelEntry

@@ -14,13 +14,13 @@ from typing import Any
 
 import uvicorn
 
-from citadel_gateway.accesslog import AccessLog
-from citadel_gateway.front import Front, bound_to
-from citadel_gateway.gate import Gate
 from citadel_gateway.metrics import Metrics, encode, read_report, write_atomically
 from citadel_gateway.settings import Gateway, engine_key
 from citadel_gateway.snapshot import Watcher
 from citadel_gateway.systemd import notify, watchdog_interval
+from citadel_gateway.worker.accesslog import AccessLog
+from citadel_gateway.worker.front import Front, bound_to
+from citadel_gateway.worker.gate import Gate
 
 log = logging.getLogger("citadel_gateway")
 

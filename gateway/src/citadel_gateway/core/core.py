@@ -14,11 +14,11 @@ from http import HTTPStatus
 import msgspec
 from msgspec import Struct
 
-from citadel_gateway.accesslog import Line
-from citadel_gateway.catalogue import Backend, Catalogue, Key, KeyRing, Model
+from citadel_gateway.core.catalogue import Backend, Catalogue, Key, KeyRing, Model
 from citadel_gateway.errors import Refusal
 from citadel_gateway.metrics import DURATION, TTFT, Labels, Metrics
 from citadel_gateway.snapshot import Snapshot
+from citadel_gateway.worker.accesslog import Line
 
 RECEIVED, ADMITTED, ROUTED, SENT, FIRST_BYTE, SETTLED = range(6)
 CODES = {status.value: str(status.value) for status in HTTPStatus}

@@ -11,24 +11,24 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from citadel_gateway.accesslog import Line
-from citadel_gateway.catalogue import Backend, Key
-from citadel_gateway.core import Core, Ticket
+from citadel_gateway.core.catalogue import Backend, Key
+from citadel_gateway.core.core import Core, Ticket
+from citadel_gateway.core.health import Health
 from citadel_gateway.errors import Refusal, method_not_allowed
-from citadel_gateway.exchange import Exchange
-from citadel_gateway.headers import DROP_TO_CONTROL, DROP_TO_ENGINE, passed_on
-from citadel_gateway.health import Health
 from citadel_gateway.metrics import Metrics
-from citadel_gateway.outbox import Outbox
-from citadel_gateway.probe import probe
-from citadel_gateway.request import Request
 from citadel_gateway.settings import Gateway
 from citadel_gateway.snapshot import Snapshot
-from citadel_gateway.tunnel import Tunnel
-from citadel_gateway.upstream import Pool
+from citadel_gateway.worker.accesslog import Line
+from citadel_gateway.worker.exchange import Exchange
+from citadel_gateway.worker.headers import DROP_TO_CONTROL, DROP_TO_ENGINE, passed_on
+from citadel_gateway.worker.outbox import Outbox
+from citadel_gateway.worker.probe import probe
+from citadel_gateway.worker.request import Request
+from citadel_gateway.worker.tunnel import Tunnel
+from citadel_gateway.worker.upstream import Pool
 
 if TYPE_CHECKING:
-    from citadel_gateway.front import Front
+    from citadel_gateway.worker.front import Front
 
 log = logging.getLogger("citadel_gateway")
 encode = msgspec.json.Encoder().encode

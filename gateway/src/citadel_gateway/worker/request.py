@@ -1,7 +1,7 @@
 """A client's request as it comes in: what the parser found, and what is read from its headers."""
 
 from citadel_gateway.errors import Refusal
-from citadel_gateway.headers import Headers
+from citadel_gateway.worker.headers import Headers
 
 FIELDS = {
     b"authorization": "authorization",

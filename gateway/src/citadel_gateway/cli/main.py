@@ -89,7 +89,7 @@ def run(options: argparse.Namespace) -> int:
     if options.command == "worker":
         return start_worker(settings, options)
     if options.command == "control":
-        from citadel_gateway.control import run_control  # FastAPI is not loaded into workers
+        from citadel_gateway.control.app import run_control  # FastAPI is not loaded into workers
 
         return run_control(settings)
     from citadel_gateway.serve import run_serve
@@ -100,7 +100,7 @@ def run(options: argparse.Namespace) -> int:
 
 def start_worker(settings: Gateway, options: argparse.Namespace) -> int:
     from citadel_gateway.systemd import adopted, passed_sockets
-    from citadel_gateway.worker import run_worker
+    from citadel_gateway.worker.process import run_worker
 
     listeners: list[socket.socket] = passed_sockets() if options.listen_fd is None else [adopted(options.listen_fd)]
     if not listeners:

@@ -1,0 +1,1 @@
+"""The `citadel-gateway` command."""

@@ -1,0 +1,1 @@
+"""The control process: everything that is not generation."""

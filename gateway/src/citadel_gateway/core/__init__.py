@@ -1,0 +1,1 @@
+"""Decisions as plain objects: no sockets, no framework, the clock passed in."""

@@ -1,0 +1,1 @@
+"""The data plane: one event loop that accepts, decides and relays."""
