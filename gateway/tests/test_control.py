@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import uvicorn
 from citadel_gateway import snapshot
-from citadel_gateway.control.app import State, make_app
+from citadel_gateway.control.app import make_app
+from citadel_gateway.control.state import State
 from citadel_gateway.metrics import Metrics, encode
 from citadel_gateway.settings import Gateway
 
@@ -150,7 +151,7 @@ async def test_a_fault_is_an_error_of_the_same_shape(control: Control, monkeypat
     def broken(*_: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr("citadel_gateway.control.app.save_reasons", broken)
+    monkeypatch.setattr("citadel_gateway.control.state.save_reasons", broken)
     reply = await control.ask("POST", "/admin/models/one/drain")
     assert (reply.status, reply.error()) == (500, "internal_error")
     assert json.loads(reply.body)["error"]["type"] == "server_error"

@@ -76,7 +76,9 @@ class Progress(Struct, frozen=True, tag="progress", tag_field="kind"):
 
 
 class Settled(Struct, frozen=True, tag="settled", tag_field="kind", omit_defaults=True):
-    """Seconds are durations. `exact`: the engine said how many tokens there were; else they are counted or estimated."""
+    """Seconds are durations. `exact`: the engine said how many tokens there were; else they are
+    counted or estimated.
+    """
 
     id: str
     request_id: str

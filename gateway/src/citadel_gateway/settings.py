@@ -253,7 +253,10 @@ class Policy(Strict, frozen=True):
 
 
 class Routing(Strict, frozen=True):
-    """Between the replicas of a model, and what is done when one fails. `retry_budget`: retries as a share of requests."""
+    """Between the replicas of a model, and what is done when one fails.
+
+    `retry_budget`: retries as a share of requests.
+    """
 
     choose: Literal["load", "latency"] = "load"
     prefix_bytes: Count = 1024  # of the prompt that decide where its prefix is cached; 0: no affinity

@@ -1,118 +1,36 @@
 """The control process: a FastAPI application on a Unix socket, one for a host.
 
 It writes the snapshot that the workers serve from, keeps the drain states, and adds the workers' figures up. No
-generation request passes through it, and the workers serve on without it.
+generation request passes through it, and the workers serve on without it. Each subject is a module with a `router`.
 """
 
 import asyncio
-import hashlib
-import hmac
 import logging
 import signal
 import socket
-import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import uvicorn
-from fastapi import Depends, FastAPI, HTTPException, Request
+from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, PlainTextResponse, Response
-from pydantic import BaseModel
+from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from citadel_gateway import __version__
+from citadel_gateway.control import models
+from citadel_gateway.control.auth import Scoped
+from citadel_gateway.control.state import State
 from citadel_gateway.errors import error_body
-from citadel_gateway.metrics import fresh, merged_gauges, read_reports, render
-from citadel_gateway.settings import ConfigError, Gateway, Key, Scope, engine_key
-from citadel_gateway.snapshot import Reasons, Snapshot, load_reasons, merge, save_reasons, stamp, write
+from citadel_gateway.settings import Gateway, engine_key
 from citadel_gateway.systemd import notify
 
 log = logging.getLogger("citadel_gateway")
 
-Reason = Literal["engine", "operator"]
 CODES = {401: "invalid_api_key", 403: "insufficient_scope", 404: "not_found", 405: "method_not_allowed"}
-
-
-class State:
-    """The files as they were last found, the drain states, and the snapshot made of both."""
-
-    def __init__(self, settings: Gateway) -> None:
-        self.settings = settings
-        self.files = (Path(settings.models_file), Path(settings.keys_file))
-        self.seen: tuple[object, ...] = ()
-        self.reasons: Reasons = load_reasons(settings)
-        self.snapshot: Snapshot | None = None
-        self.problem = ""
-
-    def look(self) -> bool:
-        """Write a new snapshot if a file has changed. One that cannot be used changes nothing, and is reported once."""
-        now = tuple(stamp(path) for path in self.files)
-        if now == self.seen and self.snapshot is not None:
-            return False
-        self.seen = now
-        try:
-            self.publish()
-        except (ConfigError, OSError) as error:
-            if str(error) != self.problem:
-                log.error("the workers keep what they have: %s", error)
-            self.problem = str(error)
-            return False
-        self.problem = ""
-        return True
-
-    def publish(self) -> None:
-        snapshot = merge(self.settings, self.reasons)
-        write(self.settings, snapshot)
-        self.snapshot = snapshot
-
-    def find(self, name: str) -> str | None:
-        """The model's own name for a name or an alias."""
-        for model in self.snapshot.models if self.snapshot is not None else ():
-            if name == model.name or name in model.aliases:
-                return model.name
-        return None
-
-    def change(self, model: str, reason: Reason, *, drain: bool) -> bool:
-        """Drain or resume for one reason; whether the model is draining now. Kept on disk before anybody acts on it."""
-        reasons = set(self.reasons.get(model, ()))
-        (reasons.add if drain else reasons.discard)(reason)
-        changed = {name: why for name, why in self.reasons.items() if name != model}
-        if reasons:
-            changed[model] = sorted(reasons)
-        if changed != self.reasons:
-            save_reasons(self.settings, changed)
-            self.reasons = changed
-            self.publish()
-            log.warning("model %s: %s by %s", model, "drain" if drain else "resume", reason)
-        return bool(reasons)
-
-    def key(self, authorization: str) -> Key | None:
-        kind, _, token = authorization.partition(" ")
-        if kind.lower() != "bearer" or self.snapshot is None:
-            return None
-        digest = hashlib.sha256(token.strip().encode()).hexdigest()
-        return next((key for key in self.snapshot.keys if key.sha256 == digest), None)
-
-
-class Drained(BaseModel):
-    """Answer to drain and resume."""
-
-    model: str
-    draining: bool
-
-
-class ModelState(BaseModel):
-    """One model as the operator sees it."""
-
-    name: str
-    aliases: list[str]
-    context: int
-    draining: list[str]
-    inflight: int
-    backends: dict[str, bool]
+ROUTERS = (models.router,)
 
 
 def make_app(settings: Gateway, internal_key: str) -> FastAPI:
@@ -134,83 +52,12 @@ def make_app(settings: Gateway, internal_key: str) -> FastAPI:
         title="Citadel gateway", version=__version__, lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None
     )
     app.state.control = state
+    app.state.internal_key = internal_key
     add_errors(app)
+    for router in ROUTERS:
+        app.include_router(router)
 
-    def scoped(scope: Scope) -> Callable[[Request], Key]:
-        def check(request: Request) -> Key:
-            key = state.key(request.headers.get("authorization", ""))
-            if key is None:
-                raise HTTPException(401, "A key is needed: Authorization: Bearer KEY")
-            if scope not in key.scopes:
-                raise HTTPException(403, f"This key lacks the scope {scope!r}")
-            return key
-
-        return check
-
-    def is_engine(request: Request) -> None:
-        if "x-citadel-worker" in request.headers:
-            raise HTTPException(404, "Not Found")
-        sent = request.headers.get("authorization", "")
-        if not hmac.compare_digest(sent.encode(), f"Bearer {internal_key}".encode()):
-            raise HTTPException(401, "The key of this host's engines is needed")
-
-    def known(name: str) -> str:
-        model = state.find(name)
-        if model is None:
-            raise HTTPException(404, f"The model {name[:128]!r} does not exist")
-        return model
-
-    @app.get("/metrics", dependencies=[Depends(scoped("metrics"))], response_class=PlainTextResponse, tags=["metrics"])
-    def metrics() -> Response:
-        """All workers of this host on one page (Prometheus text format). Runs in a thread and never on a worker."""
-        names = state.snapshot.models if state.snapshot is not None else ()
-        draining = {model.name: bool(state.reasons.get(model.name)) for model in names}
-        page = render(read_reports(Path(settings.run_dir)), draining)
-        return PlainTextResponse(page, media_type="text/plain; version=0.0.4; charset=utf-8")
-
-    @app.get("/admin/models", dependencies=[Depends(scoped("admin"))], tags=["admin"])
-    def models() -> list[ModelState]:
-        """Each model with its backends, what is in flight, and why it is drained if it is."""
-        gauges = merged_gauges(fresh(read_reports(Path(settings.run_dir)), time.time()))
-        up = gauges.get("llm_gateway_backend_up", {})
-        inflight = gauges.get("llm_gateway_inflight_requests", {})
-        return [
-            ModelState(
-                name=model.name,
-                aliases=list(model.aliases),
-                context=model.context,
-                draining=state.reasons.get(model.name, []),
-                inflight=int(inflight.get((model.name,), 0)),
-                backends={
-                    label: bool(up.get((model.name, label), 0))
-                    for label in (f"{backend.host}:{backend.port}" for backend in model.backends)
-                },
-            )
-            for model in (state.snapshot.models if state.snapshot is not None else ())
-        ]
-
-    async def change(model: str, reason: Reason, *, drain: bool) -> Drained:
-        return Drained(model=model, draining=state.change(model, reason, drain=drain))
-
-    @app.post("/admin/models/{name:path}/drain", dependencies=[Depends(scoped("admin"))], tags=["admin"])
-    async def drain(name: Annotated[str, Depends(known)]) -> Drained:
-        """New requests get 503 with Retry-After, those in flight go on."""
-        return await change(name, "operator", drain=True)
-
-    @app.post("/admin/models/{name:path}/resume", dependencies=[Depends(scoped("admin"))], tags=["admin"])
-    async def resume(name: Annotated[str, Depends(known)]) -> Drained:
-        """Undo the operator's drain; an engine that is stopping stays drained."""
-        return await change(name, "operator", drain=False)
-
-    @app.post("/internal/models/{name:path}/drain", dependencies=[Depends(is_engine)], include_in_schema=False)
-    async def engine_drain(name: Annotated[str, Depends(known)], reason: Reason = "engine") -> Drained:
-        return await change(name, reason, drain=True)
-
-    @app.post("/internal/models/{name:path}/resume", dependencies=[Depends(is_engine)], include_in_schema=False)
-    async def engine_resume(name: Annotated[str, Depends(known)], reason: Reason = "engine") -> Drained:
-        return await change(name, reason, drain=False)
-
-    @app.get("/openapi.json", dependencies=[Depends(scoped("admin"))], include_in_schema=False)
+    @app.get("/openapi.json", dependencies=[Depends(Scoped("admin"))], include_in_schema=False)
     def openapi() -> Response:
         return JSONResponse(app.openapi())
 
