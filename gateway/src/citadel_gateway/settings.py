@@ -178,7 +178,7 @@ class Models(Strict, frozen=True):
 
 
 class User(Strict, frozen=True):
-    """Whom limits belong to. `metered: false` is for the gateway's own probes and peers."""
+    """Whom limits belong to. One that is not enabled has no key that opens anything."""
 
     id: Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._@-]{0,63}$")]
     tier: str = ""  # empty: `default_tier` of the policies
@@ -419,6 +419,7 @@ def problems(path: str | Path) -> list[str]:
         found += key_problems(keys, models, gateway.keys_file)
         policies = read_policies(gateway)
         found += policy_problems(policies, models, gateway.policies_file)
+        found += counting_problems(gateway, policies, str(path))
         tiers = {tier.name for tier in policies.tiers}
         found += [
             f"{gateway.keys_file}: user {user.id!r} has the tier {user.tier!r}, which is not in {gateway.policies_file}"
@@ -433,6 +434,32 @@ def problems(path: str | Path) -> list[str]:
 def read_policies(gateway: Gateway) -> Policies:
     """policies.json; without a file one tier without limits."""
     return read(gateway.policies_file, Policies) if gateway.policies_file else Policies()
+
+
+def limited(tier: Tier) -> bool:
+    """Whether anything is counted for the users of this tier."""
+    counts = (tier.requests_per_minute, tier.tokens_per_minute, tier.concurrency)
+    return any(counts) or bool(tier.tokens_per_day or tier.tokens_per_month)
+
+
+def counting_problems(gateway: Gateway, policies: Policies, path: str) -> list[str]:
+    """Limits that no one place would count: each of several workers without Redis has a memory of its own."""
+    found = [tier.name for tier in policies.tiers if limited(tier)]
+    if gateway.workers == 1 or gateway.redis.url or not found:
+        return []
+    return [
+        f"{path}: tier {name!r} has limits, which are counted in memory: one worker, or set redis.url" for name in found
+    ]
+
+
+def start_problems(gateway: Gateway, path: str) -> list[str]:
+    """Why a process must not start with these settings, whatever the snapshot says."""
+    return counting_problems(gateway, read_policies(gateway), path)
+
+
+def local_key_path(gateway: Gateway) -> Path:
+    """The key of whoever may read the gateway's state folder, made by the control process."""
+    return Path(gateway.state_dir) / "local-key"
 
 
 def engine_key(gateway: Gateway) -> str:
