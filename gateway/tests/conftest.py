@@ -7,7 +7,10 @@ import pytest
 from citadel_gateway.worker import process
 
 from gateway.tests.fake_engine import FakeEngine
+from gateway.tests.servers import postgres_server, redis_server
 from gateway.tests.site import Running, Site
+
+__all__ = ["postgres_server", "redis_server"]  # fixtures, where pytest looks for them
 
 
 @pytest.fixture
