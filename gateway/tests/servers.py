@@ -42,12 +42,21 @@ def find(program: str, *folders: str) -> str:
     raise RuntimeError(f"there is no {program} for the tests: run tools/servers, which fetches one (it needs no root)")
 
 
-def environment(program: str) -> dict[str, str]:
-    """That of the program: what was unpacked into the cache finds its libraries there too."""
+def environment(program: str, root: Path = CACHE) -> dict[str, str]:
+    """That of the program: what was unpacked below `root` finds its libraries there too."""
     given = {"PATH": os.environ.get("PATH", ""), "LC_ALL": "C", "TZ": "UTC"}
-    if Path(program).is_relative_to(CACHE):
-        given["LD_LIBRARY_PATH"] = ":".join(str(path) for path in CACHE.glob("usr/lib/*-linux-gnu*"))
+    if Path(program).is_relative_to(root):
+        given["LD_LIBRARY_PATH"] = ":".join(str(path) for path in root.glob("usr/lib/*-linux-gnu*"))
     return given
+
+
+def link_or_copy(source: str, target: str) -> str:
+    """Hard links cost nothing, but only within a file system."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+    return target
 
 
 def free_port() -> int:
@@ -181,11 +190,15 @@ class PostgresServer(Server):
         self.password_file = self.folder / "password"
         self.password_file.write_text(self.password + "\n")
         self.data = self.folder / "data"
+        self.programs = self.folder / "programs"
         self.prefix: list[str] = []
         if os.geteuid() == 0:
-            # PostgreSQL refuses to run as root. The other user may still read the programs below root's home.
-            capability = ["--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search"]
-            self.prefix = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", *capability]
+            self.prefix = [
+                "setpriv",
+                f"--reuid={NOBODY}",
+                f"--regid={NOBODY}",
+                "--clear-groups",
+            ]  # it refuses to be root
             for path in (self.folder, self.password_file):
                 os.chown(path, NOBODY, NOBODY)
 
@@ -200,12 +213,21 @@ class PostgresServer(Server):
         return f"host=127.0.0.1 port={self.port} user={self.USER} password={self.password} dbname={self.USER}"
 
     def program(self, name: str) -> str:
-        return find(name, "usr/lib/postgresql/*/bin")
+        """Its path, and where the other user cannot go to root's cache, that of a copy."""
+        found = Path(find(name, "usr/lib/postgresql/*/bin"))
+        if not self.prefix or not found.is_relative_to(CACHE):
+            return str(found)
+        if not self.programs.exists():
+            shutil.copytree(CACHE / "usr", self.programs / "usr", symlinks=True, copy_function=link_or_copy)
+        return str(self.programs / found.relative_to(CACHE))
+
+    def environment(self, program: str) -> dict[str, str]:
+        return environment(program, self.programs if self.prefix else CACHE)
 
     def run(self, name: str, *arguments: str) -> None:
         program = self.program(name)
         command = [*self.prefix, program, *arguments]
-        done = subprocess.run(command, env=environment(program), cwd=self.folder, capture_output=True, text=True)
+        done = subprocess.run(command, env=self.environment(program), cwd=self.folder, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"{program} failed:\n{done.stdout}{done.stderr}")
 
@@ -219,7 +241,7 @@ class PostgresServer(Server):
                 conf.write(f"listen_addresses = '127.0.0.1'\nport = {self.port}\nunix_socket_directories = ''\n")
                 conf.write("fsync = off\nshared_buffers = 32MB\nmax_connections = 100\ntimezone = 'UTC'\n")
         program = self.program("postgres")
-        self.launch([*self.prefix, program, "-D", str(self.data)], environment(program))
+        self.launch([*self.prefix, program, "-D", str(self.data)], self.environment(program))
         self.wait()
         if fresh:
             self.execute(f"CREATE DATABASE {self.USER}", "postgres")
