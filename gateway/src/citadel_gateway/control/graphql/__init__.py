@@ -1,0 +1,1 @@
+"""GraphQL: the same things as REST, with the same rights, in one question."""
