@@ -49,6 +49,9 @@ class FakeEngine:
     events: int = 5
     delay: float = 0.0
     keep_alive: bool = True
+    usage: bool = True  # knows `stream_options`
+    fingerprint: str = ""
+    prompt_tokens: int = 3
     port: int = 0
     seen: list[Seen] = field(default_factory=list)
     cancelled: int = 0
@@ -147,7 +150,7 @@ class FakeEngine:
     async def reply(self, mode: str, request: dict[str, Any], writer: asyncio.StreamWriter) -> bool:
         message = {"role": "assistant", "content": "It is 42."}
         choice = {"index": 0, "message": message, "text": "It is 42.", "finish_reason": "stop"}
-        usage = {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7}
+        usage = usage_of(self.prompt_tokens, 4)
         body = json.dumps(
             {
                 "id": "x",
@@ -178,8 +181,11 @@ class FakeEngine:
         )
         if mode == "die_early":
             writer.write(b"20\r\ndata: ")
+        options = (request.get("stream_options") or {}) if self.usage else {}
+        model, wanted = request["model"], bool(options.get("include_usage"))
         for number in range(self.events):
-            event = event_bytes(number, request["model"])
+            used = usage_of(self.prompt_tokens, number + 1) if options.get("continuous_usage_stats") else None
+            event = event_bytes(number, model, used, self.ending(number, wanted))
             if mode == "die_early":
                 await asyncio.sleep(0.02)
                 reset(writer)
@@ -203,9 +209,17 @@ class FakeEngine:
             await writer.drain()
             if self.delay:
                 await self.pause(writer, self.delay)
+        if wanted:
+            writer.write(chunk(last_bytes(model, usage_of(self.prompt_tokens, self.events), self.fingerprint)))
         writer.write(chunk(b"data: [DONE]\n\n") + b"0\r\n\r\n")
         await writer.drain()
         return self.keep_alive
+
+    def ending(self, number: int, usage_follows: bool) -> dict[str, str]:
+        """What the last event of the text has besides: vLLM puts its fingerprint into the very last one."""
+        if not self.fingerprint or number < self.events - 1:
+            return {}
+        return {"finish": "stop"} if usage_follows else {"finish": "stop", "system_fingerprint": self.fingerprint}
 
     async def long(self, mode: str, writer: asyncio.StreamWriter) -> bool:
         data = b"x" * 3_000_000
@@ -224,10 +238,30 @@ def chunk(data: bytes) -> bytes:
     return b"%x\r\n%b\r\n" % (len(data), data)
 
 
-def event_bytes(number: int, model: str) -> bytes:
-    choice = {"index": 0, "delta": {"content": f" word{number}"}, "text": f" word{number}", "finish_reason": None}
-    event = {"id": "x", "object": "chat.completion.chunk", "created": 1, "model": model, "choices": [choice]}
+def event_bytes(
+    number: int, model: str, usage: dict[str, int] | None = None, more: dict[str, str] | None = None
+) -> bytes:
+    more = dict(more or {})
+    finish = more.pop("finish", None)
+    choice = {"index": 0, "delta": {"content": f" word{number}"}, "text": f" word{number}", "finish_reason": finish}
+    event: dict[str, Any] = {"id": "x", "object": "chat.completion.chunk", "created": 1, "model": model}
+    event["choices"] = [choice]
+    if usage is not None:
+        event["usage"] = usage
+    return b"data: " + json.dumps(event | more).encode() + b"\n\n"
+
+
+def last_bytes(model: str, usage: dict[str, int], fingerprint: str = "") -> bytes:
+    """The event after the text, for who asked for usage."""
+    event: dict[str, Any] = {"id": "x", "object": "chat.completion.chunk", "created": 1, "model": model}
+    event |= {"choices": [], "usage": usage}
+    if fingerprint:
+        event["system_fingerprint"] = fingerprint
     return b"data: " + json.dumps(event).encode() + b"\n\n"
+
+
+def usage_of(prompt: int, output: int) -> dict[str, int]:
+    return {"prompt_tokens": prompt, "completion_tokens": output, "total_tokens": prompt + output}
 
 
 def stream_bytes(count: int, model: str) -> bytes:
