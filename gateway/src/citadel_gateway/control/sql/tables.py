@@ -128,6 +128,7 @@ audit = Table(
     word("key_id"),
     word("via"),  # admin, cli, graphql
     word("host"),
+    word("request_id"),
     word("action"),  # key.create, model.drain, …
     word("target"),
     Column("before", JSON),
@@ -282,6 +283,19 @@ conversations = Table(
     money(),
     word("last_request"),
     word("last_outcome"),
+    seconds("ended_at"),  # 0: it may go on
     Column("abandoned", Boolean, nullable=False, server_default=text("false")),
     Column("rated", Boolean, nullable=False, server_default=text("false")),
+    Index("ix_conversations_ended_at_last_at", "ended_at", "last_at"),
+)
+
+# Counters of the control processes, added to in the transaction of what they count: they never go back, also when a
+# row is corrected or deleted, and two hosts do not show the same events.
+tallies = Table(
+    "tallies",
+    metadata,
+    Column("host", Text, primary_key=True),
+    Column("name", Text, primary_key=True),
+    Column("labels", Text, primary_key=True),  # a JSON list
+    Column("value", Double, nullable=False, server_default=ZERO),
 )

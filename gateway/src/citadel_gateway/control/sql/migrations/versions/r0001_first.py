@@ -16,6 +16,7 @@ def upgrade() -> None:
         sa.Column("key_id", sa.Text(), server_default=sa.text("''"), nullable=False),
         sa.Column("via", sa.Text(), server_default=sa.text("''"), nullable=False),
         sa.Column("host", sa.Text(), server_default=sa.text("''"), nullable=False),
+        sa.Column("request_id", sa.Text(), server_default=sa.text("''"), nullable=False),
         sa.Column("action", sa.Text(), server_default=sa.text("''"), nullable=False),
         sa.Column("target", sa.Text(), server_default=sa.text("''"), nullable=False),
         sa.Column("before", sa.JSON(), nullable=True),
@@ -44,10 +45,12 @@ def upgrade() -> None:
         sa.Column("cost_nanousd", sa.BigInteger(), server_default=sa.text("0"), nullable=False),
         sa.Column("last_request", sa.Text(), server_default=sa.text("''"), nullable=False),
         sa.Column("last_outcome", sa.Text(), server_default=sa.text("''"), nullable=False),
+        sa.Column("ended_at", sa.Double(), server_default=sa.text("0"), nullable=False),
         sa.Column("abandoned", sa.Boolean(), server_default=sa.text("false"), nullable=False),
         sa.Column("rated", sa.Boolean(), server_default=sa.text("false"), nullable=False),
         sa.PrimaryKeyConstraint("user_id", "session", name=op.f("pk_conversations")),
     )
+    op.create_index("ix_conversations_ended_at_last_at", "conversations", ["ended_at", "last_at"], unique=False)
     op.create_index(op.f("ix_conversations_last_at"), "conversations", ["last_at"], unique=False)
     op.create_table(
         "evaluations",
@@ -175,6 +178,14 @@ def upgrade() -> None:
     op.create_index("ix_requests_at", "requests", ["at"], unique=False)
     op.create_index("ix_requests_request_id", "requests", ["request_id"], unique=False)
     op.create_index("ix_requests_user_at", "requests", ["user_id", "at"], unique=False)
+    op.create_table(
+        "tallies",
+        sa.Column("host", sa.Text(), nullable=False),
+        sa.Column("name", sa.Text(), nullable=False),
+        sa.Column("labels", sa.Text(), nullable=False),
+        sa.Column("value", sa.Double(), server_default=sa.text("0"), nullable=False),
+        sa.PrimaryKeyConstraint("host", "name", "labels", name=op.f("pk_tallies")),
+    )
     op.create_table(
         "usage_daily",
         sa.Column("day", sa.Text(), nullable=False),
