@@ -15,7 +15,7 @@ from msgspec import Raw, Struct
 Ask = Literal["nothing", "total", "all"]  # what the client itself wants to see: nothing, the last event, every event
 
 NAME = b'"usage"'
-DONE = b"data: [DONE]"
+DONE = b"data: [DONE]\n\n"
 # one level of details inside; engines put only numbers into both
 VALUE = re.compile(rb'"usage"\s*:\s*(null|\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\})')
 INDEX = re.compile(rb'"index"\s*:\s*(\d{1,6})')
@@ -164,7 +164,7 @@ class Meter:
             self.read(data)
             return data
         if NAME not in data and self.held is None:
-            self.events += data.count(b"data:") - data.count(DONE)
+            self.events += data.count(b"\n\n") - data.endswith(DONE)
             return data
         separator = b"\n\n" if b"\n\n" in data else b"\r\n\r\n"
         end = data.find(separator) + len(separator)
@@ -182,7 +182,7 @@ class Meter:
         """One event."""
         found = find(data)
         if found is None:
-            self.events += DONE not in data
+            self.events += data != DONE
             return self.rest() + data
         value = found[1]
         if NO_CHOICES.search(data) is not None:
