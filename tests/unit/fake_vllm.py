@@ -90,7 +90,8 @@ class Handler(BaseHTTPRequestHandler):
 
 def main() -> None:
     how, given = behaviour(), settings(sys.argv[sys.argv.index("--config") + 1])
-    Path("seen.json").write_text(json.dumps({"argv": sys.argv[1:], "environment": dict(os.environ), "settings": given}))
+    seen = {"argv": sys.argv[1:], "environment": dict(os.environ), "settings": given, "pid": os.getpid()}
+    Path("seen.json").write_text(json.dumps(seen))
     signal.signal(signal.SIGTERM, lambda *_: None if how["stubborn"] else sys.exit(0))
     print("(Worker pid=1) INFO 11-23 15:53:59 [loader.py:501] Loading weights of a fake model", flush=True)
     print("half a bar\rwhole bar", file=sys.stderr, flush=True)
