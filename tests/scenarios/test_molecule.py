@@ -45,11 +45,15 @@ def run(name: str, state: Path) -> tuple[int, str, float]:
 
 
 @pytest.fixture(scope="module")
-def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, "Future[tuple[int, str, float]]"]]:
-    """All scenarios, in order, on a few threads."""
+def running(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, "Future[tuple[int, str, float]]"]]:
+    """The scenarios whose tests were chosen (`-k`), in order, on a few threads."""
     state = tmp_path_factory.mktemp("molecule")
+    params = [getattr(item, "callspec", None) for item in request.session.items]
+    chosen = {spec.params.get("name") for spec in params if spec is not None}
     with ThreadPoolExecutor(AT_A_TIME) as pool:
-        yield {name: pool.submit(run, name, state) for name in SCENARIOS}
+        yield {name: pool.submit(run, name, state) for name in SCENARIOS if name in chosen}
         pool.shutdown(cancel_futures=True)
 
 
