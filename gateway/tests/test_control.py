@@ -151,7 +151,7 @@ async def test_a_fault_is_an_error_of_the_same_shape(control: Control, monkeypat
     def broken(*_: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr("citadel_gateway.control.state.save_reasons", broken)
+    monkeypatch.setattr("citadel_gateway.control.state.save_marks", broken)
     reply = await control.ask("POST", "/admin/models/one/drain")
     assert (reply.status, reply.error()) == (500, "internal_error")
     assert json.loads(reply.body)["error"]["type"] == "server_error"

@@ -3,6 +3,7 @@
 import pytest
 from citadel_gateway import snapshot
 from citadel_gateway.settings import ConfigError
+from citadel_gateway.snapshot import Mark
 
 from gateway.tests.site import Site
 
@@ -10,7 +11,7 @@ from gateway.tests.site import Site
 def test_a_worker_starts_without_the_control_process(site: Site) -> None:
     site.model("one", 1)
     settings = site.settings
-    snapshot.save_reasons(settings, {"one": ["operator"], "gone": ["engine"]})
+    snapshot.save_marks(settings, {"one": {"operator": Mark(1.0, "root")}, "gone": {"engine": Mark()}})
     first = snapshot.Watcher(settings).first()
     assert [model.name for model in first.models] == ["one"]
     assert first.draining == {"one": ["operator"]}
@@ -26,7 +27,7 @@ def test_changes_are_seen_once(site: Site) -> None:
     found = watcher.first()
     assert found.draining == {}
     assert watcher.changed() is None
-    snapshot.write(settings, snapshot.merge(settings, {"one": ["engine"]}))
+    snapshot.write(settings, snapshot.merge(settings, {"one": {"engine": Mark()}}))
     changed = watcher.changed()
     assert changed is not None
     assert changed.draining == {"one": ["engine"]}
@@ -46,4 +47,6 @@ def test_files_that_cannot_be_used(site: Site) -> None:
     with pytest.raises(ConfigError, match="used 2 times"):
         snapshot.merge(site.settings, {})
     snapshot.drain_path(site.settings).write_text("[]")
-    assert snapshot.load_reasons(site.settings) == {}
+    assert snapshot.load_marks(site.settings) == {}
+    snapshot.drain_path(site.settings).write_text('{"one": ["operator"]}')  # as releases before wrote it
+    assert snapshot.load_marks(site.settings) == {"one": {"operator": Mark()}}

@@ -17,7 +17,7 @@ from msgspec import Meta, Struct
 Port = Annotated[int, Meta(ge=1, le=65535)]
 Seconds = Annotated[float, Meta(gt=0)]
 Positive = Annotated[int, Meta(ge=1)]
-Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}$")]
+Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}\Z")]
 Count = Annotated[int, Meta(ge=0)]
 Amount = Annotated[float, Meta(ge=0)]
 Scope = Literal["inference", "read", "admin", "metrics", "alerts", "peer"]
@@ -180,7 +180,7 @@ class Models(Strict, frozen=True):
 class User(Strict, frozen=True):
     """Whom limits belong to. One that is not enabled has no key that opens anything."""
 
-    id: Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._@-]{0,63}$")]
+    id: Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._@-]{0,63}\Z")]
     tier: str = ""  # empty: `default_tier` of the policies
     name: str = ""
     enabled: bool = True
@@ -190,8 +190,8 @@ class User(Strict, frozen=True):
 class Key(Strict, frozen=True):
     """A key belongs to a user; without `user` to one of its own name. `expires`: seconds since the epoch, 0: never."""
 
-    id: Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
-    sha256: Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$")]
+    id: Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z")]
+    sha256: Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
     scopes: Annotated[tuple[Scope, ...], Meta(min_length=1)] = ("inference",)
     models: tuple[str, ...] = ("*",)
     user: str = ""
@@ -366,6 +366,18 @@ def key_problems(keys: Keys, models: Models | None, path: str) -> list[str]:
     return found
 
 
+def user_problems(keys: Keys, policies: Policies, path: str) -> list[str]:
+    """A user that stands twice, a tier that is not there."""
+    counts = Counter(user.id for user in keys.users)
+    found = [f"{path}: the user {name!r} is there {count} times" for name, count in counts.items() if count > 1]
+    tiers = {tier.name for tier in policies.tiers}
+    return found + [
+        f"{path}: user {user.id!r} has the tier {user.tier!r}, which is not in the policies"
+        for user in keys.users
+        if user.tier and user.tier not in tiers
+    ]
+
+
 def policy_problems(policies: Policies, models: Models | None, path: str) -> list[str]:
     """A name that stands twice, and names of tiers and models that are not there."""
     found: list[str] = []
@@ -420,12 +432,7 @@ def problems(path: str | Path) -> list[str]:
         policies = read_policies(gateway)
         found += policy_problems(policies, models, gateway.policies_file)
         found += counting_problems(gateway, policies, str(path))
-        tiers = {tier.name for tier in policies.tiers}
-        found += [
-            f"{gateway.keys_file}: user {user.id!r} has the tier {user.tier!r}, which is not in {gateway.policies_file}"
-            for user in keys.users
-            if user.tier and user.tier not in tiers
-        ]
+        found += user_problems(keys, policies, gateway.keys_file)
     except ConfigError as error:
         found += error.lines
     return found

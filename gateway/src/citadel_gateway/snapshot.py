@@ -1,4 +1,5 @@
-"""What the workers serve from: models, keys and drain states in one file, written by the control process.
+"""What the workers serve from: models, users, keys, policies and drain states in one file, written by the control
+process.
 
 Workers look at it twice a second and serve on without the control process. A worker that finds no snapshot merges the
 files itself, so that neither process waits for the other when a host boots.
@@ -8,23 +9,11 @@ from pathlib import Path
 
 import msgspec
 from msgspec import Struct
+from msgspec.structs import replace
 
 from citadel_gateway.metrics import write_atomically
-from citadel_gateway.settings import (
-    ConfigError,
-    Gateway,
-    Key,
-    Keys,
-    Model,
-    Models,
-    Policies,
-    User,
-    key_problems,
-    model_problems,
-    policy_problems,
-    read,
-    read_policies,
-)
+from citadel_gateway.overrides import Files, Override, Standing, apply, read_files
+from citadel_gateway.settings import Gateway, Key, Model, Policies, User
 
 Reasons = dict[
     str, list[str]
@@ -33,7 +22,8 @@ Reasons = dict[
 
 class Snapshot(Struct, frozen=True):
     """Users and keys are those of keys.json and of the database together; models and policies have the run-time
-    changes in them (weights, aliases, tiers).
+    changes in them (weights, aliases, tiers). Every key names its user, and every user is here. A key that is revoked
+    or disabled, or whose user is, is not here: what is not in the snapshot opens nothing.
     """
 
     created: int  # when the model list was written; what /v1/models shows as the models' age
@@ -44,8 +34,31 @@ class Snapshot(Struct, frozen=True):
     policies: Policies = Policies()
 
 
+class Mark(Struct, frozen=True):
+    """Who drained a model, and when."""
+
+    at: float = 0.0
+    who: str = ""
+
+
+Marks = dict[str, dict[str, Mark]]  # model -> reason -> who and when
+
+
+class People(Struct, frozen=True):
+    """What the database knows of users, keys and run-time changes; kept in a file for when it is away. Keys that are
+    revoked are not in it.
+    """
+
+    version: int = -1
+    users: tuple[User, ...] = ()
+    keys: tuple[Key, ...] = ()
+    overrides: tuple[Override, ...] = ()
+
+
 decode = msgspec.json.Decoder(Snapshot).decode
-decode_reasons = msgspec.json.Decoder(Reasons).decode
+decode_marks = msgspec.json.Decoder(Marks).decode
+decode_lists = msgspec.json.Decoder(Reasons).decode
+decode_people = msgspec.json.Decoder(People).decode
 encode = msgspec.json.Encoder().encode
 
 
@@ -57,31 +70,78 @@ def drain_path(gateway: Gateway) -> Path:
     return Path(gateway.state_dir) / "drain.json"
 
 
-def load_reasons(gateway: Gateway) -> Reasons:
+def people_path(gateway: Gateway) -> Path:
+    return Path(gateway.state_dir) / "people.json"
+
+
+def load_marks(gateway: Gateway) -> Marks:
     """Drain states that survived a restart. A damaged file counts as none: serving is better than standing still."""
     try:
-        return decode_reasons(drain_path(gateway).read_bytes())
-    except (OSError, msgspec.DecodeError):
+        raw = drain_path(gateway).read_bytes()
+    except OSError:
+        return {}
+    try:
+        return decode_marks(raw)
+    except msgspec.DecodeError:
+        pass
+    try:  # as releases before wrote it
+        return {name: {reason: Mark() for reason in reasons} for name, reasons in decode_lists(raw).items()}
+    except msgspec.DecodeError:
         return {}
 
 
-def save_reasons(gateway: Gateway, reasons: Reasons) -> None:
-    write_atomically(drain_path(gateway), encode(reasons))
+def save_marks(gateway: Gateway, marks: Marks) -> None:
+    write_atomically(drain_path(gateway), encode(marks))
 
 
-def merge(gateway: Gateway, reasons: Reasons) -> Snapshot:
-    """The two rendered files and the drain states as one; `ConfigError` when the files cannot be used."""
-    models = read(gateway.models_file, Models)
-    keys = read(gateway.keys_file, Keys)
-    policies = read_policies(gateway)
-    found = model_problems(models, gateway.models_file) + key_problems(keys, None, gateway.keys_file)
-    found += policy_problems(policies, models, gateway.policies_file)
-    if found:
-        raise ConfigError(*found)
+def load_people(gateway: Gateway) -> People:
+    """As they were last known. A damaged file is replaced as soon as the database answers."""
+    try:
+        return decode_people(people_path(gateway).read_bytes())
+    except (OSError, msgspec.DecodeError):
+        return People()
+
+
+def save_people(gateway: Gateway, people: People) -> None:
+    write_atomically(people_path(gateway), encode(people))
+
+
+def compose(gateway: Gateway, marks: Marks, people: People, now: float = 0.0) -> tuple[Snapshot, Files, list[Standing]]:
+    """Files, drain states and people as one: what workers serve from, what is declared, and what each run-time change
+    has become. `ConfigError` when the files cannot be used. `now`: keys that have expired by then are left out.
+    """
+    plain = read_files(gateway)
+    files, standings = apply(plain, people.overrides, gateway)
     created = int(Path(gateway.models_file).stat().st_mtime)
-    names = {model.name for model in models.models}
-    kept = {name: why for name, why in reasons.items() if name in names}
-    return Snapshot(created, models.models, keys.keys, kept, keys.users, policies)
+    names = [model.name for model in files.models]
+    reasons = {name: set(marks.get(name, ())) for name in names}
+    for name in files.drained:
+        reasons[name].add("operator")
+    tiers = {tier.name for tier in files.policies.tiers}
+    known = {user.id for user in files.users}
+    users = (*files.users, *(user for user in people.users if user.id not in known))
+    users = tuple(user if user.tier in tiers or not user.tier else replace(user, tier="") for user in users)
+    snapshot = Snapshot(
+        created,
+        files.models,
+        valid_keys(plain, files, people, {user.id for user in users if user.enabled}, now),
+        {name: sorted(why) for name, why in reasons.items() if why},
+        users,
+        files.policies,
+    )
+    return snapshot, plain, standings
+
+
+def valid_keys(plain: Files, files: Files, people: People, enabled: set[str], now: float) -> tuple[Key, ...]:
+    """A declared key comes before one of the database with its id or its hash, also when it is disabled."""
+    ids = {key.id for key in plain.keys}
+    hashes = {key.sha256 for key in plain.keys}
+    added = (key for key in people.keys if key.id not in ids and key.sha256 not in hashes)
+    return tuple(key for key in (*files.keys, *added) if key.user in enabled and (not key.expires or key.expires > now))
+
+
+def merge(gateway: Gateway, marks: Marks, people: People | None = None, now: float = 0.0) -> Snapshot:
+    return compose(gateway, marks, people or People(), now)[0]
 
 
 def write(gateway: Gateway, snapshot: Snapshot) -> None:
@@ -108,7 +168,7 @@ class Watcher:
     def first(self) -> Snapshot:
         """What to start with. Raises `ConfigError` when there is neither a snapshot nor files that can be used."""
         found = self.changed()
-        return found if found is not None else merge(self.gateway, load_reasons(self.gateway))
+        return found if found is not None else merge(self.gateway, load_marks(self.gateway), load_people(self.gateway))
 
     def changed(self) -> Snapshot | None:
         now = stamp(self.path)

@@ -1,15 +1,27 @@
 """The control process: a FastAPI application on a Unix socket, one for a host.
 
 It writes the snapshot that the workers serve from, keeps the drain states, and adds the workers' figures up. No
-generation request passes through it, and the workers serve on without it. Each subject is a module with a `router`.
+generation request passes through it, and the workers serve on without it.
+
+Each subject is a module of its own. What it has of these two is named in one line each here:
+
+    router = APIRouter()               # its paths, in ROUTERS
+
+    @asynccontextmanager               # entered before the first request, left after the last, in LIFESPANS
+    async def lifespan(state: State) -> AsyncIterator[None]: ...
+
+A lifespan is entered when the snapshot is there; it may register `state.every(seconds, function)` and
+`state.subscribe(listener)`. Handlers that ask the database are plain functions (they run in threads); `Refusal` and
+`DatabaseAwayError` become answers of the right shape by themselves. `Admin`, `Control` and `Scoped` of `auth` are the
+dependencies; a subject that others need keeps its object in `state.parts["name"]`.
 """
 
 import asyncio
 import logging
 import signal
 import socket
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +30,26 @@ from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from citadel_gateway import __version__
-from citadel_gateway.control import models
+from citadel_gateway.control import admin, models
 from citadel_gateway.control.auth import Scoped
-from citadel_gateway.control.state import State
-from citadel_gateway.errors import error_body
+from citadel_gateway.control.sql import DatabaseAwayError
+from citadel_gateway.control.state import LOOK_SECONDS, State
+from citadel_gateway.errors import Refusal, error_body
+from citadel_gateway.keys import key_in_url
 from citadel_gateway.settings import Gateway, engine_key
 from citadel_gateway.systemd import notify
 
 log = logging.getLogger("citadel_gateway")
 
 CODES = {401: "invalid_api_key", 403: "insufficient_scope", 404: "not_found", 405: "method_not_allowed"}
-ROUTERS = (models.router,)
+ROUTERS = (
+    models.router,
+    admin.router,
+)
+LIFESPANS: tuple[Callable[[State], AbstractAsyncContextManager[None]], ...] = ()
 
 
 def make_app(settings: Gateway, internal_key: str) -> FastAPI:
@@ -42,17 +61,20 @@ def make_app(settings: Gateway, internal_key: str) -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         state.look()
-        task = asyncio.create_task(watch(state))
-        yield
-        task.cancel()
-        with suppress(asyncio.CancelledError):
-            await task
+        state.every(LOOK_SECONDS, state.look)
+        state.every(LOOK_SECONDS, state.poll)
+        async with AsyncExitStack() as stack:
+            for part in LIFESPANS:
+                await stack.enter_async_context(part(state))
+            yield
+        await state.close()
 
     app = FastAPI(
         title="Citadel gateway", version=__version__, lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None
     )
     app.state.control = state
     app.state.internal_key = internal_key
+    app.add_middleware(NoKeyInUrl)
     add_errors(app)
     for router in ROUTERS:
         app.include_router(router)
@@ -64,11 +86,18 @@ def make_app(settings: Gateway, internal_key: str) -> FastAPI:
     return app
 
 
-async def watch(state: State) -> None:
-    """Twice a second."""
-    while True:
-        await asyncio.sleep(0.5)
-        state.look()
+class NoKeyInUrl:
+    """Refuses what a worker would have refused already; for what comes over the socket itself."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] in ("http", "websocket") and key_in_url(scope["raw_path"] + b"?" + scope["query_string"]):
+            message = "A key in the URL ends up in logs: send it as Authorization: Bearer KEY"
+            await Response(error_body(400, "key_in_url", message), 400, None, "application/json")(scope, receive, send)
+            return
+        await self.app(scope, receive, send)
 
 
 def add_errors(app: FastAPI) -> None:
@@ -81,6 +110,17 @@ def add_errors(app: FastAPI) -> None:
     @app.exception_handler(StarletteHTTPException)
     async def refused(request: Request, error: StarletteHTTPException) -> Response:
         return answer(error.status_code, str(error.detail), error.headers)
+
+    @app.exception_handler(Refusal)
+    async def decided(request: Request, refusal: Refusal) -> Response:
+        lines = (line.partition(": ") for line in refusal.headers().decode().splitlines())
+        headers = {name: value for name, _, value in lines}
+        return Response(refusal.body(), refusal.status, headers, "application/json")
+
+    @app.exception_handler(DatabaseAwayError)
+    async def away(request: Request, error: DatabaseAwayError) -> Response:
+        body = error_body(503, "database_unavailable", "The gateway's database does not answer; nothing was changed")
+        return Response(body, 503, {"Retry-After": "2"}, "application/json")
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
@@ -121,7 +161,8 @@ def run_control(settings: Gateway) -> int:
         uds=str(path),
         log_config=None,
         access_log=False,
-        ws="none",
+        ws="websockets-sansio",
+        ws_max_size=settings.limits.body_bytes,
         timeout_graceful_shutdown=5,
     )
     ControlServer(config).run()

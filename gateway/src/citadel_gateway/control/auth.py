@@ -1,21 +1,36 @@
 """Who may ask the control process."""
 
 import hmac
+import re
 from typing import Annotated
 
 from fastapi import Depends, HTTPException, Request
+from msgspec import Struct
+from starlette.requests import HTTPConnection
 
-from citadel_gateway.control.state import State
+from citadel_gateway.control.state import LOCAL, State
 from citadel_gateway.settings import Key, Scope
 
+OPERATOR = re.compile(r"[A-Za-z0-9._@-]{1,64}")
 
-def state_of(request: Request) -> State:
-    """The state that `make_app` has put on the application."""
-    state: State = request.app.state.control
+
+def state_of(connection: HTTPConnection) -> State:
+    """The state that `make_app` has put on the application. For requests and for WebSockets."""
+    state: State = connection.app.state.control
     return state
 
 
 Control = Annotated[State, Depends(state_of)]
+
+
+def is_local(request: HTTPConnection) -> bool:
+    """On the control socket itself, not through a worker: only processes of this host can."""
+    return "x-citadel-worker" not in request.headers
+
+
+def key_of(request: HTTPConnection) -> Key | None:
+    """The valid key that the request came with."""
+    return state_of(request).key(request.headers.get("authorization", ""), local=is_local(request))
 
 
 class Scoped:
@@ -28,17 +43,43 @@ class Scoped:
         self.scopes = scopes
 
     def __call__(self, request: Request) -> Key:
-        key = state_of(request).key(request.headers.get("authorization", ""))
+        key = key_of(request)
         if key is None:
-            raise HTTPException(401, "A key is needed: Authorization: Bearer KEY")
+            raise HTTPException(401, "A key is needed: Authorization: Bearer KEY", {"WWW-Authenticate": "Bearer"})
         if not set(self.scopes) & set(key.scopes):
             raise HTTPException(403, f"This key lacks the scope {' or '.join(map(repr, self.scopes))}")
         return key
 
 
+class Actor(Struct, frozen=True):
+    """Who changes something, for the audit log. `who`: the key's user; who sits at the terminal with the local key."""
+
+    who: str
+    key_id: str
+    via: str = "admin"
+    request_id: str = ""
+
+
+def actor_for(request: HTTPConnection, key: Key, via: str = "admin") -> Actor:
+    who = key.user
+    if key.id == LOCAL:
+        said = request.headers.get("x-citadel-actor", "")
+        who = said if OPERATOR.fullmatch(said) else LOCAL
+        via = "cli" if via == "admin" else via
+    return Actor(who, key.id, via, request.headers.get("x-request-id", "")[:128])
+
+
+def admin(request: Request) -> Actor:
+    """A dependency: whoever came with a key of scope admin."""
+    return actor_for(request, Scoped("admin")(request))
+
+
+Admin = Annotated[Actor, Depends(admin)]
+
+
 def is_engine(request: Request) -> None:
     """For /internal: the key of this host's engines, and never through a worker."""
-    if "x-citadel-worker" in request.headers:
+    if not is_local(request):
         raise HTTPException(404, "Not Found")
     sent = request.headers.get("authorization", "")
     if not hmac.compare_digest(sent.encode(), f"Bearer {request.app.state.internal_key}".encode()):

@@ -1,0 +1,5 @@
+"""Administration."""
+
+from fastapi import APIRouter
+
+router = APIRouter(prefix="/admin", tags=["admin"])
