@@ -1,0 +1,176 @@
+"""The journal of one worker: what was asked and used, kept from the moment it is known.
+
+Records go into a file that is mapped into memory and whose blocks were allocated before, so that a record costs no
+system call, is safe from a `kill -9` once it is written, and cannot fail on a full disk. Zero bytes are what is not
+written yet. A thread makes the next segment ahead of time and syncs once a second; without space records wait in
+memory, and those that find no room there are counted as lost: requests go on.
+
+Segments of one process are `<host>-w<N>-<start ns>-<K>.jsonl`. The newest is locked as long as the process lives, so
+that the settler can tell the journal of a dead worker from that of a silent one.
+"""
+
+import contextlib
+import fcntl
+import logging
+import mmap
+import os
+import time
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+
+from citadel_gateway.records import Record, encode
+
+log = logging.getLogger("citadel_gateway")
+
+WAITING = 8 * 1024 * 1024  # bytes of records that may wait for space
+PAGE = mmap.PAGESIZE
+
+
+class Segment:
+    """One file, locked and mapped. Raises OSError when there is no space for it."""
+
+    def __init__(self, path: Path, size: int) -> None:
+        self.path = path
+        self.size = size
+        self.end = 0  # of what is written
+        self.let_go = 0  # pages up to here are no longer in our memory
+        self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o640)
+        try:
+            fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.posix_fallocate(self.fd, 0, size)
+            self.memory = mmap.mmap(self.fd, size)
+        except OSError:
+            os.close(self.fd)
+            path.unlink(missing_ok=True)
+            raise
+
+    def write(self, line: bytes) -> bool:
+        """Append a line, its newline last; False when it does not fit."""
+        start = self.end
+        end = start + len(line)
+        if end >= self.size:
+            return False
+        memory = self.memory
+        memory[start:end] = line
+        memory[end] = 10
+        self.end = end + 1
+        return True
+
+    def sync(self) -> None:
+        """Bring what is written to the disk, and out of this process' own memory."""
+        whole = self.end // PAGE * PAGE
+        os.fdatasync(self.fd)
+        if whole > self.let_go:
+            self.memory.madvise(mmap.MADV_DONTNEED, self.let_go, whole - self.let_go)
+            self.let_go = whole
+
+    def close(self) -> None:
+        """Give back the space that was not used, and the lock. A segment without a record leaves no file."""
+        self.memory.close()
+        try:
+            if self.end:
+                os.ftruncate(self.fd, self.end)
+                os.fdatasync(self.fd)
+            else:
+                self.path.unlink(missing_ok=True)
+        finally:
+            os.close(self.fd)
+
+
+class Journal:
+    """`append` and `tick` belong to the event loop, `tend` to the thread for files, `close` comes after both."""
+
+    def __init__(
+        self, folder: Path, host: str, number: int, segment_bytes: int, lost: Callable[[int], None], started: int = 0
+    ) -> None:
+        self.folder = folder
+        self.name = f"{host}-w{number}-{started or time.time_ns():020d}"
+        self.segment_bytes = segment_bytes
+        self.lost = lost
+        self.serial = 0
+        self.current: Segment | None = None
+        self.next: Segment | None = None
+        self.former: list[Segment] = []
+        self.waiting: deque[bytes] = deque()
+        self.size = 0  # bytes that wait
+        self.trouble = ""
+        self.make()
+
+    # event loop -----------------------------------------------------------------------------------------------------
+    def append(self, record: Record) -> None:
+        line = encode(record)
+        if self.waiting or not self.put(line):
+            self.wait(line)
+
+    def put(self, line: bytes) -> bool:
+        """Into the segment, or into the next one when it is full and the next one is there."""
+        current = self.current
+        if current is not None and current.write(line):
+            return True
+        following, self.next = self.next, None
+        if following is None:
+            return False
+        if current is not None:
+            self.former.append(current)
+        self.current = following
+        return following.write(line)
+
+    def wait(self, line: bytes) -> None:
+        if self.size + len(line) > WAITING or len(line) >= self.segment_bytes:
+            self.lost(1)
+            return
+        self.waiting.append(line)
+        self.size += len(line)
+
+    def tick(self) -> None:
+        """Ten times a second: what waits goes first, as soon as there is room."""
+        waiting = self.waiting
+        while waiting and self.put(waiting[0]):
+            self.size -= len(waiting.popleft())
+
+    # thread ---------------------------------------------------------------------------------------------------------
+    def tend(self) -> None:
+        """Once a second: make the next segment, finish the full ones, sync the present one."""
+        if self.next is None:
+            self.make()
+        try:
+            while self.former:
+                self.former[0].close()
+                del self.former[0]
+            if self.current is not None:
+                self.current.sync()
+        except OSError as error:
+            self.complain(str(error))
+
+    def make(self) -> None:
+        """The next segment, if there is space."""
+        path = self.folder / f"{self.name}-{self.serial}.jsonl"
+        try:
+            self.folder.mkdir(mode=0o750, parents=True, exist_ok=True)
+            self.next = Segment(path, self.segment_bytes)
+        except OSError as error:
+            self.complain(f"{path}: {error.strerror}")
+            return
+        self.serial += 1
+        if self.trouble:
+            log.warning("the journal has space again")
+            self.trouble = ""
+
+    def complain(self, trouble: str) -> None:
+        """Once for each trouble, not once a second."""
+        if trouble != self.trouble:
+            self.trouble = trouble
+            log.warning("journal: %s", trouble)
+
+    def close(self) -> None:
+        """At the end of the worker; what found no space is lost."""
+        self.tick()
+        if self.waiting:
+            self.lost(len(self.waiting))
+            self.waiting.clear()
+        for segment in (*self.former, self.current, self.next):
+            if segment is not None:
+                with contextlib.suppress(OSError):
+                    segment.close()
+        self.former, self.current, self.next = [], None, None
