@@ -13,6 +13,7 @@ from uvicorn.config import Config
 from uvicorn.server import ServerState
 
 from citadel_gateway.errors import Refusal
+from citadel_gateway.worker.heads import KnownHead, known_head
 from citadel_gateway.worker.replying import LINGER, Replying
 from citadel_gateway.worker.request import Request
 from citadel_gateway.worker.tunnel import Tunnel
@@ -42,6 +43,7 @@ class Front(Replying):
         self.tunnel: Tunnel | None = None
         self.garbage = False  # what follows cannot be understood
         self.peer = ""
+        self.known: tuple[KnownHead, Request] | None = None  # the last request, if its head can be remembered
 
     # asyncio --------------------------------------------------------------------------------------------------------
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn declares it
@@ -58,7 +60,11 @@ class Front(Replying):
             return
         if self.lingering or self.garbage:
             return
-        if self.request is None and self.exchange is None:
+        fresh = self.request is None and self.exchange is None and not self.ready
+        if fresh:
+            if self.known is not None and self.same_head(self.known, data):
+                self.pump()
+                return
             self.deadline = self.gate.clock() + self.gate.timeouts.headers
         try:
             self.parser.feed_data(data)
@@ -72,10 +78,27 @@ class Front(Replying):
             self.count_head(request, len(data))
         elif len(data) > self.gate.limits.header_bytes:
             self.weigh_heads()
+        if fresh and request is None and len(self.ready) == 1:
+            self.remember(self.ready[0], data)
         if self.exchange is None:
             self.pump()
         elif self.ready:
             self.flow.pause_reading()
+
+    def remember(self, request: Request, data: bytes) -> None:
+        """After a request that came alone and in one piece: its head may come again."""
+        known = known_head(data, request.size) if request.plain() and not self.garbage else None
+        self.known = (known, request) if known is not None else None
+
+    def same_head(self, known: tuple[KnownHead, Request], data: bytes) -> bool:
+        """Whether this is the last request's head with another body; then it is ready, without the parser."""
+        head, request = known
+        body = head.body_of(data)
+        if body is None or len(body) > self.gate.body_limit(request):
+            return False
+        request.again(body)
+        self.ready.append(request)
+        return True
 
     def connection_lost(self, exc: Exception | None) -> None:
         exchange, self.exchange = self.exchange, None

@@ -99,6 +99,8 @@ class Replying(HttpToolsProtocol):
         if self.lingering:
             return
         request, self.current = self.current, None
+        if request is not None:
+            request.parts = []  # a request that is kept for its head keeps no body
         if self.gate.stopping:  # the next request may be on its way already
             self.linger()
         elif request is None or not request.keep_alive:

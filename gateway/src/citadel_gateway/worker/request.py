@@ -1,5 +1,7 @@
 """A client's request as it comes in: what the parser found, and what is read from its headers."""
 
+from typing import Any
+
 from citadel_gateway.errors import Refusal
 from citadel_gateway.worker.headers import Headers
 
@@ -20,9 +22,9 @@ class Request:
     """Filled by the parser's callbacks, piece by piece; `checked` once its head was looked at before its body came."""
 
     __slots__ = (
-        "authorization", "checked", "coding", "complete", "content_type", "expect", "head_done", "head_fed", "headers",
-        "host", "hosts", "http10", "keep_alive", "length", "method", "origin", "parts", "path", "query", "refusal",
-        "request_id", "size", "target", "upgrade",
+        "authorization", "checked", "coding", "complete", "content_type", "digest", "expect", "head_done", "head_fed",
+        "headers", "hints", "host", "hosts", "http10", "keep_alive", "length", "method", "origin", "parts", "passed",
+        "path", "query", "refusal", "request_id", "size", "target", "upgrade",
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -37,6 +39,26 @@ class Request:
         self.http10 = self.keep_alive = False
         self.head_done = self.checked = self.complete = False
         self.refusal: Refusal | None = None
+        # made from the head when first needed, and kept for the next request with the same head
+        self.digest = b""
+        self.passed = b""
+        self.hints: Any = None
+
+    def again(self, body: bytes) -> None:
+        """The same head once more, with another body; what was read from the head stays."""
+        self.parts = [body]
+        self.size = len(body)
+
+    def plain(self) -> bool:
+        """A message whose head can be remembered: complete, with a length, and nothing unusual about it."""
+        return (
+            self.complete
+            and self.keep_alive
+            and not self.http10
+            and self.hosts == 1
+            and self.refusal is None
+            and not (self.coding or self.expect or self.upgrade or self.checked)
+        )
 
     def end_of_head(self, method: bytes, version: str, keep_alive: bool) -> None:
         self.method = method

@@ -11,6 +11,8 @@ from typing import Protocol, cast
 
 import httptools
 
+from citadel_gateway.worker.heads import KnownHead, known_head
+
 IDLE_SECONDS = (
     4.0  # vLLM's server closes an idle connection after 5 s: be earlier, so that few requests meet a dying one
 )
@@ -32,15 +34,28 @@ class Owner(Protocol):
         """The connection takes more bytes, or no more for now."""
 
 
+class KnownReply:
+    """A reply's head that may come again; `passed` is what of it goes to the client, made when first needed."""
+
+    __slots__ = ("head", "headers", "passed", "status")
+
+    def __init__(self, head: KnownHead, status: int, headers: list[tuple[bytes, bytes]]) -> None:
+        self.head = head
+        self.status = status
+        self.headers = headers  # without Content-Length
+        self.passed = b""
+
+
 class Connection(asyncio.Protocol):
     """One connection to a backend; it serves one request at a time."""
 
     __slots__ = (
-        "complete", "head_done", "head_size", "headers", "keep_alive", "owner", "parser", "parts", "received",
-        "since", "status", "surplus", "transport", "until_close", "used",
+        "complete", "head_done", "head_size", "headers", "keep_alive", "known", "owner", "parser", "parts", "pool",
+        "received", "since", "status", "surplus", "transport", "until_close", "used",
     )  # fmt: skip
 
-    def __init__(self) -> None:
+    def __init__(self, pool: "Pool") -> None:
+        self.pool = pool
         self.parser = httptools.HttpResponseParser(self)
         self.transport: asyncio.Transport | None = None
         self.owner: Owner | None = None
@@ -59,6 +74,7 @@ class Connection(asyncio.Protocol):
         self.keep_alive = True
         self.until_close = False
         self.surplus = False
+        self.known: KnownReply | None = None
 
     # asyncio --------------------------------------------------------------------------------------------------------
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -69,7 +85,11 @@ class Connection(asyncio.Protocol):
         if owner is None:  # nobody asked: whatever it is, this connection is of no use any more
             self.abort()
             return
+        first = not self.received
         self.received = True
+        if first and self.same_head(data):
+            owner.reply_progress(self)
+            return
         if not self.head_done:
             self.head_size += len(data)
         try:
@@ -80,7 +100,28 @@ class Connection(asyncio.Protocol):
         if not self.head_done and self.head_size > MAX_HEAD:
             self.lose("bad_reply")
             return
+        if first and self.complete and len(self.parts) == 1 and self.keep_alive:
+            self.remember(data)
         owner.reply_progress(self)
+
+    def same_head(self, data: bytes) -> bool:
+        """Whether this is a whole reply with the head of an earlier one; then it is complete, without the parser."""
+        known = self.pool.known
+        body = known.head.body_of(data) if known is not None else None
+        if known is None or body is None:
+            return False
+        self.known = known
+        self.status = known.status
+        self.headers = known.headers
+        self.parts.append(body)
+        self.head_done = self.complete = True
+        return True
+
+    def remember(self, data: bytes) -> None:
+        head = known_head(data, len(self.parts[0]))
+        if head is not None:
+            lines = [(name, value) for name, value in self.headers if name != b"content-length"]
+            self.pool.known = self.known = KnownReply(head, self.status, lines)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.transport = None
@@ -164,6 +205,7 @@ class Pool:
         self.preamble = preamble  # the header lines of every request: Host, and the key if there is one
         self.path = path  # of a Unix socket, instead of host and port
         self.idle: list[Connection] = []
+        self.known: KnownReply | None = None
         self.closed = False
 
     def take(self) -> Connection | None:
@@ -183,9 +225,9 @@ class Pool:
 
     async def open(self) -> Connection:
         if self.path:
-            _, connection = await self.loop.create_unix_connection(Connection, self.path)
+            _, connection = await self.loop.create_unix_connection(lambda: Connection(self), self.path)
         else:
-            _, connection = await self.loop.create_connection(Connection, self.host, self.port)
+            _, connection = await self.loop.create_connection(lambda: Connection(self), self.host, self.port)
         return connection
 
     def give_back(self, connection: Connection, now: float) -> None:
