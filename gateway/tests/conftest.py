@@ -7,6 +7,7 @@ import pytest
 from citadel_gateway.worker import process
 
 from gateway.tests.fake_engine import FakeEngine
+from gateway.tests.live_site import LiveSite
 from gateway.tests.servers import postgres_server, redis_server
 from gateway.tests.site import Running, Site
 
@@ -42,3 +43,11 @@ async def gateway(site: Site, engine: FakeEngine, monkeypatch: pytest.MonkeyPatc
     yield running
     await running.stop()
     running.quiet()
+
+
+@pytest.fixture
+async def live(site: Site, gateway: Running) -> AsyncIterator[LiveSite]:
+    """The control process behind that worker."""
+    found = await LiveSite(site, gateway).start()
+    yield found
+    await found.stop()

@@ -33,8 +33,9 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from citadel_gateway import __version__
-from citadel_gateway.control import admin, models
+from citadel_gateway.control import admin, alerts, chat, client, engines, lines, live, models, resume, streams
 from citadel_gateway.control.auth import Scoped
+from citadel_gateway.control.sockets import MESSAGE_BYTES
 from citadel_gateway.control.sql import DatabaseAwayError
 from citadel_gateway.control.state import LOOK_SECONDS, State
 from citadel_gateway.errors import Refusal, error_body
@@ -45,11 +46,24 @@ from citadel_gateway.systemd import notify
 log = logging.getLogger("citadel_gateway")
 
 CODES = {401: "invalid_api_key", 403: "insufficient_scope", 404: "not_found", 405: "method_not_allowed"}
+DRAIN_SECONDS = 20  # less than the unit's TimeoutStopSec
 ROUTERS = (
     models.router,
     admin.router,
+    alerts.router,
+    chat.router,
+    engines.router,
+    live.router,
+    resume.router,
+    streams.router,
 )
-LIFESPANS: tuple[Callable[[State], AbstractAsyncContextManager[None]], ...] = ()
+LIFESPANS: tuple[Callable[[State], AbstractAsyncContextManager[None]], ...] = (
+    lines.lifespan,
+    client.lifespan,
+    alerts.lifespan,
+    live.lifespan,
+    resume.lifespan,
+)
 
 
 def make_app(settings: Gateway, internal_key: str) -> FastAPI:
@@ -135,6 +149,25 @@ def add_errors(app: FastAPI) -> None:
 class ControlServer(uvicorn.Server):
     """uvicorn's server that says READY and ends with status 0 when it is told to stop."""
 
+    def __init__(self, app: FastAPI) -> None:
+        state: State = app.state.control
+        super().__init__(
+            uvicorn.Config(
+                app,
+                uds=state.settings.control_socket,
+                log_config=None,
+                log_level="warning",  # uvicorn would write down the address of each WebSocket, query and all
+                access_log=False,
+                ws="websockets-sansio",
+                ws_max_size=MESSAGE_BYTES,
+                ws_ping_interval=20,
+                ws_ping_timeout=60,
+                ws_per_message_deflate=False,
+                timeout_graceful_shutdown=5,
+            )
+        )
+        self.parts = state.parts
+
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
         loop = asyncio.get_running_loop()
@@ -151,20 +184,16 @@ class ControlServer(uvicorn.Server):
         notify("READY=1", "STATUS=serving")
         log.info("control is ready on %s", self.config.uds)
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Those who are connected for long end what they are doing and are sent away; then the rest."""
+        await self.parts["lines"].drain(DRAIN_SECONDS)
+        await super().shutdown(sockets)
+
 
 def run_control(settings: Gateway) -> int:
     """Serve on the control socket until told to stop."""
     path = Path(settings.control_socket)
     path.unlink(missing_ok=True)  # left by a process that was killed; there is only one control process
-    config = uvicorn.Config(
-        make_app(settings, engine_key(settings)),
-        uds=str(path),
-        log_config=None,
-        access_log=False,
-        ws="websockets-sansio",
-        ws_max_size=settings.limits.body_bytes,
-        timeout_graceful_shutdown=5,
-    )
-    ControlServer(config).run()
+    ControlServer(make_app(settings, engine_key(settings))).run()
     path.unlink(missing_ok=True)
     return 0

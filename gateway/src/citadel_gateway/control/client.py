@@ -12,6 +12,7 @@ from typing import Self
 
 import aiohttp
 
+from citadel_gateway.control.state import State
 from citadel_gateway.errors import error_body
 from citadel_gateway.settings import Gateway
 
@@ -85,8 +86,10 @@ class Reply:
 class Client:
     """Connections to the workers of one host. Made outside a loop, used in one."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, seconds: float | None = None) -> None:
+        """`seconds`: for a whole request; without them the other side's limits hold."""
         self.url = url
+        self.seconds = seconds
         self.session: aiohttp.ClientSession | None = None
 
     @classmethod
@@ -99,7 +102,7 @@ class Client:
         if self.session is None:
             self.session = aiohttp.ClientSession(
                 connector=aiohttp.TCPConnector(limit=CONNECTIONS, keepalive_timeout=30),
-                timeout=aiohttp.ClientTimeout(total=None, sock_connect=5),  # the worker has the other limits
+                timeout=aiohttp.ClientTimeout(total=self.seconds, sock_connect=5),
                 cookie_jar=aiohttp.DummyCookieJar(),
                 auto_decompress=False,
                 skip_auto_headers=("User-Agent", "Accept-Encoding"),
@@ -149,3 +152,11 @@ def end_of_event(data: bytes, start: int = 0) -> int:
     """Where the first whole event of `data[start:]` ends, or -1."""
     ends = [found + len(blank) for blank in BLANKS if (found := data.find(blank, start)) >= 0]
     return min(ends) if ends else -1
+
+
+@asynccontextmanager
+async def lifespan(state: State) -> AsyncIterator[None]:
+    """Keeps `parts["client"]`, for all subjects that generate."""
+    async with Client.of(state.settings) as client:
+        state.parts["client"] = client
+        yield
