@@ -98,7 +98,8 @@ async def test_reasons_are_a_set_and_survive_a_restart(control: Control) -> None
     assert reply.json()["draining"] is True
     again = State(control.settings)
     again.look()
-    assert again.reasons == {"one": ["operator"], "org/two": ["operator"]}
+    assert again.snapshot is not None
+    assert again.snapshot.draining == {"one": ["operator"], "org/two": ["operator"]}
     assert (await control.ask("POST", "/admin/models/one/resume")).json()["draining"] is False
     assert control.snapshot().draining == {"org/two": ["operator"]}
 
@@ -124,11 +125,13 @@ async def test_the_state_of_the_models(control: Control) -> None:
     (folder / "metrics-1.json").write_bytes(encode(metrics.report(1, gauges, time.time())))
     await control.ask("POST", "/admin/models/one/drain")
     one, two = (await control.ask("GET", "/admin/models")).json()
+    assert one.pop("drained_at") > 0
     assert one == {
         "name": "one",
         "aliases": ["uno"],
         "context": 100,
         "draining": ["operator"],
+        "drained_by": "admin",
         "inflight": 3,
         "backends": {"127.0.0.1:11400": True, "127.0.0.1:11401": False},
     }
@@ -152,7 +155,7 @@ async def test_a_fault_is_an_error_of_the_same_shape(control: Control, monkeypat
         raise OSError("disk full")
 
     monkeypatch.setattr("citadel_gateway.control.state.save_marks", broken)
-    reply = await control.ask("POST", "/admin/models/one/drain")
+    reply = await control.ask("POST", "/admin/models/one/drain?here=true")
     assert (reply.status, reply.error()) == (500, "internal_error")
     assert json.loads(reply.body)["error"]["type"] == "server_error"
 

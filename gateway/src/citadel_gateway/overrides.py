@@ -8,6 +8,8 @@ problems functions of `settings` judge both.
 
 from collections.abc import Callable, Sequence
 from itertools import chain
+from math import isfinite
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import msgspec
@@ -76,6 +78,7 @@ class Files(Struct, frozen=True):
     keys: tuple[Key, ...]
     users: tuple[User, ...]
     policies: Policies
+    created: int = 0  # when the list of models was written
     drained: tuple[str, ...] = ()  # by a change; no file drains
 
 
@@ -97,15 +100,15 @@ def read_files(gateway: Gateway) -> Files:
     found += user_problems(keys, policies, gateway.keys_file) + counting_problems(gateway, policies, "gateway.json")
     if found:
         raise ConfigError(*found)
-    return declared_files(models, keys, policies)
+    return declared_files(models, keys, policies, int(Path(gateway.models_file).stat().st_mtime))
 
 
-def declared_files(models: Models, keys: Keys, policies: Policies) -> Files:
+def declared_files(models: Models, keys: Keys, policies: Policies, created: int = 0) -> Files:
     """A key without a user belongs to one of its own name."""
     owned = tuple(key if key.user else replace(key, user=key.id) for key in keys.keys)
     known = {user.id for user in keys.users}
     implied = dict.fromkeys(key.user for key in owned if key.user not in known)
-    return Files(models.models, owned, (*keys.users, *map(User, implied)), policies)
+    return Files(models.models, owned, (*keys.users, *map(User, implied)), policies, created)
 
 
 def plain(value: Any) -> Any:
@@ -168,6 +171,8 @@ def put_drain(files: Files, change: Override) -> Files:
 
 def put_weight(files: Files, change: Override) -> Files:
     weight = msgspec.convert(change.value, Amount)
+    if not isfinite(weight):
+        raise WrongError("a weight is a finite number")
 
     def weighed(model: Model) -> Model:
         backends = (

@@ -106,42 +106,42 @@ def save_people(gateway: Gateway, people: People) -> None:
     write_atomically(people_path(gateway), encode(people))
 
 
-def compose(gateway: Gateway, marks: Marks, people: People, now: float = 0.0) -> tuple[Snapshot, Files, list[Standing]]:
-    """Files, drain states and people as one: what workers serve from, what is declared, and what each run-time change
-    has become. `ConfigError` when the files cannot be used. `now`: keys that have expired by then are left out.
+def compose(
+    gateway: Gateway, declared: Files, marks: Marks, people: People, now: float = 0.0
+) -> tuple[Snapshot, list[Standing]]:
+    """Files, drain states and people as one: what workers serve from, and what has become of each run-time change.
+    `now`: keys that have expired by then are left out.
     """
-    plain = read_files(gateway)
-    files, standings = apply(plain, people.overrides, gateway)
-    created = int(Path(gateway.models_file).stat().st_mtime)
-    names = [model.name for model in files.models]
-    reasons = {name: set(marks.get(name, ())) for name in names}
+    files, standings = apply(declared, people.overrides, gateway)
+    reasons = {model.name: set(marks.get(model.name, ())) for model in files.models}
     for name in files.drained:
         reasons[name].add("operator")
-    tiers = {tier.name for tier in files.policies.tiers}
+    tiers = {"", *(tier.name for tier in files.policies.tiers)}
     known = {user.id for user in files.users}
     users = (*files.users, *(user for user in people.users if user.id not in known))
-    users = tuple(user if user.tier in tiers or not user.tier else replace(user, tier="") for user in users)
+    users = tuple(user if user.tier in tiers else replace(user, tier="") for user in users)
     snapshot = Snapshot(
-        created,
+        declared.created,
         files.models,
-        valid_keys(plain, files, people, {user.id for user in users if user.enabled}, now),
+        valid_keys(declared, files, people, {user.id for user in users if user.enabled}, now),
         {name: sorted(why) for name, why in reasons.items() if why},
         users,
         files.policies,
     )
-    return snapshot, plain, standings
+    return snapshot, standings
 
 
-def valid_keys(plain: Files, files: Files, people: People, enabled: set[str], now: float) -> tuple[Key, ...]:
+def valid_keys(declared: Files, files: Files, people: People, enabled: set[str], now: float) -> tuple[Key, ...]:
     """A declared key comes before one of the database with its id or its hash, also when it is disabled."""
-    ids = {key.id for key in plain.keys}
-    hashes = {key.sha256 for key in plain.keys}
+    ids = {key.id for key in declared.keys}
+    hashes = {key.sha256 for key in declared.keys}
     added = (key for key in people.keys if key.id not in ids and key.sha256 not in hashes)
     return tuple(key for key in (*files.keys, *added) if key.user in enabled and (not key.expires or key.expires > now))
 
 
 def merge(gateway: Gateway, marks: Marks, people: People | None = None, now: float = 0.0) -> Snapshot:
-    return compose(gateway, marks, people or People(), now)[0]
+    """By the files as they are now; `ConfigError` when they cannot be used."""
+    return compose(gateway, read_files(gateway), marks, people or People(), now)[0]
 
 
 def write(gateway: Gateway, snapshot: Snapshot) -> None:

@@ -5,10 +5,10 @@ import re
 from typing import Annotated
 
 from fastapi import Depends, HTTPException, Request
-from msgspec import Struct
 from starlette.requests import HTTPConnection
 
 from citadel_gateway.control.state import LOCAL, State
+from citadel_gateway.control.stored import Actor
 from citadel_gateway.settings import Key, Scope
 
 OPERATOR = re.compile(r"[A-Za-z0-9._@-]{1,64}")
@@ -49,15 +49,6 @@ class Scoped:
         if not set(self.scopes) & set(key.scopes):
             raise HTTPException(403, f"This key lacks the scope {' or '.join(map(repr, self.scopes))}")
         return key
-
-
-class Actor(Struct, frozen=True):
-    """Who changes something, for the audit log. `who`: the key's user; who sits at the terminal with the local key."""
-
-    who: str
-    key_id: str
-    via: str = "admin"
-    request_id: str = ""
 
 
 def actor_for(request: HTTPConnection, key: Key, via: str = "admin") -> Actor:

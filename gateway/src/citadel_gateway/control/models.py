@@ -8,9 +8,12 @@ from fastapi import APIRouter, Depends
 from fastapi.responses import PlainTextResponse, Response
 from pydantic import BaseModel
 
-from citadel_gateway.control.auth import Control, Scoped, is_engine, known_model
+from citadel_gateway.control import changes
+from citadel_gateway.control.auth import Admin, Control, Scoped, is_engine, known_model
+from citadel_gateway.control.changes import standings
 from citadel_gateway.control.state import Reason, State
 from citadel_gateway.metrics import fresh, merged_gauges, read_reports, render
+from citadel_gateway.overrides import Override
 
 router = APIRouter()
 
@@ -29,6 +32,8 @@ class ModelState(BaseModel):
     aliases: list[str]
     context: int
     draining: list[str]
+    drained_by: str
+    drained_at: float
     inflight: int
     backends: dict[str, bool]
 
@@ -37,7 +42,7 @@ class ModelState(BaseModel):
 def metrics(control: Control) -> Response:
     """All workers of this host on one page (Prometheus text format). Runs in a thread and never on a worker."""
     names = control.snapshot.models if control.snapshot is not None else ()
-    draining = {model.name: bool(control.reasons.get(model.name)) for model in names}
+    draining = {model.name: control.draining(model.name) for model in names}
     page = render(read_reports(Path(control.settings.run_dir)), draining)
     return PlainTextResponse(page, media_type="text/plain; version=0.0.4; charset=utf-8")
 
@@ -46,6 +51,9 @@ def metrics(control: Control) -> Response:
 def models(control: Control) -> list[ModelState]:
     """Each model with its backends, what is in flight, and why it is drained if it is."""
     gauges = merged_gauges(fresh(read_reports(Path(control.settings.run_dir)), time.time()))
+    draining = control.snapshot.draining if control.snapshot is not None else {}
+    by = {one.override.name: one.override for one in standings(control) if one.override.kind == "drain"}
+    nobody = Override("drain", "")
     up = gauges.get("llm_gateway_backend_up", {})
     inflight = gauges.get("llm_gateway_inflight_requests", {})
     return [
@@ -53,7 +61,9 @@ def models(control: Control) -> list[ModelState]:
             name=model.name,
             aliases=list(model.aliases),
             context=model.context,
-            draining=control.reasons.get(model.name, []),
+            draining=draining.get(model.name, []),
+            drained_by=by.get(model.name, nobody).who,
+            drained_at=by.get(model.name, nobody).at,
             inflight=int(inflight.get((model.name,), 0)),
             backends={
                 label: bool(up.get((model.name, label), 0))
@@ -71,16 +81,16 @@ def change(control: State, model: str, reason: Reason, *, drain: bool) -> Draine
 Known = Annotated[str, Depends(known_model)]
 
 
-@router.post("/admin/models/{name:path}/drain", dependencies=[Depends(Scoped("admin"))], tags=["admin"])
-async def drain(name: Known, control: Control) -> Drained:
-    """New requests get 503 with Retry-After, those in flight go on."""
-    return change(control, name, "operator", drain=True)
+@router.post("/admin/models/{name:path}/drain", tags=["admin"])
+def drain(name: Known, control: Control, actor: Admin, *, here: bool = False) -> Drained:
+    """New requests get 503 with Retry-After, those in flight go on. On every host of the database, or `here` only."""
+    return Drained(model=name, draining=changes.drain(control, actor, name, here=here))
 
 
-@router.post("/admin/models/{name:path}/resume", dependencies=[Depends(Scoped("admin"))], tags=["admin"])
-async def resume(name: Known, control: Control) -> Drained:
+@router.post("/admin/models/{name:path}/resume", tags=["admin"])
+def resume(name: Known, control: Control, actor: Admin) -> Drained:
     """Undo the operator's drain; an engine that is stopping stays drained."""
-    return change(control, name, "operator", drain=False)
+    return Drained(model=name, draining=changes.resume(control, actor, name))
 
 
 @router.post("/internal/models/{name:path}/drain", dependencies=[Depends(is_engine)], include_in_schema=False)

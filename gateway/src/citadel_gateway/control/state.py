@@ -22,7 +22,7 @@ from citadel_gateway.control.sql import Database, DatabaseAwayError
 from citadel_gateway.control.stored import read_people, read_version
 from citadel_gateway.keys import digest, new_key
 from citadel_gateway.metrics import write_atomically
-from citadel_gateway.overrides import Files, Standing
+from citadel_gateway.overrides import Files, Standing, read_files
 from citadel_gateway.settings import ConfigError, Gateway, Key, User, local_key_path
 from citadel_gateway.snapshot import (
     Mark,
@@ -75,12 +75,22 @@ class State:
 
     # the snapshot ---------------------------------------------------------------------------------------------------
     def look(self) -> bool:
-        """Write a new snapshot if a file has changed. One that cannot be used changes nothing, and is reported once."""
+        """Take the files over if one has changed. Files that cannot be used change nothing, and are reported once."""
         now = tuple(stamp(path) for path in self.paths)
-        if now == self.seen and self.snapshot is not None and not 0 < self.expiry <= self.wall():
-            return False
+        if now == self.seen and self.snapshot is not None:
+            return 0 < self.expiry <= self.wall() and self.try_publish()
         self.seen = now
-        return self.try_publish()
+        try:
+            files = read_files(self.settings)
+        except (ConfigError, OSError) as error:
+            if str(error) != self.problem:
+                log.error("the workers keep what they have: %s", error)
+            self.problem = str(error)
+            return False
+        self.problem = ""
+        with self.lock:
+            self.files = files
+            return self.try_publish()
 
     def poll(self) -> bool:
         """Take over what has changed in the database, perhaps by another host. While it is away, the last known
@@ -105,20 +115,21 @@ class State:
             return self.try_publish()
 
     def try_publish(self) -> bool:
+        """`publish` for what is done now and then: tried again when it fails."""
         try:
             self.publish()
-        except (ConfigError, OSError) as error:
-            if str(error) != self.problem:
-                log.error("the workers keep what they have: %s", error)
-            self.problem = str(error)
+        except OSError as error:
+            log.error("the snapshot cannot be written: %s", error)
+            self.seen = ()
             return False
-        self.problem = ""
         return True
 
     def publish(self) -> None:
+        """Write the snapshot of what is known. With files that cannot be used, those before them still count."""
         with self.lock:
-            now = self.wall()
-            snapshot, self.files, self.standings = compose(self.settings, self.marks, self.people, now)
+            if self.files is None:
+                return
+            snapshot, self.standings = compose(self.settings, self.files, self.marks, self.people, self.wall())
             write(self.settings, snapshot)
             self.by_digest = {key.sha256: key for key in snapshot.keys}
             self.expiry = min((key.expires for key in snapshot.keys if key.expires), default=0.0)
