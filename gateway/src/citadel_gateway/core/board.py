@@ -24,7 +24,7 @@ STALE = 1.0  # a worker that has not said a word for this long does not count
 LOOK_AGAIN = 1.0  # seconds between looks for workers that have come or were replaced
 
 # words of a row
-KEY, INFLIGHT, TOKENS, QUEUED, QUEUED_TOKENS, HEAD = range(6)
+KEY, INFLIGHT, TOKENS, QUEUED, QUEUED_TOKENS, HEAD, ARRIVED = range(7)
 NOTHING_WAITS = 2**62  # HEAD of a worker whose queue is empty
 HEARTBEAT = 1  # word of the first row, in microseconds of the monotonic clock, which all processes of a host share
 
