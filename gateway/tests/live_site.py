@@ -75,12 +75,20 @@ async def say(socket: ClientConnection, **message: Any) -> None:
     await socket.send(json.dumps(message))
 
 
-async def event(wire: Wire) -> tuple[str, Any]:
-    """The next event of a stream that has a name, decoded."""
-    while True:
-        part = await wire.chunk()
-        assert part, "the stream has ended"
-        for one in part.decode().split("\n\n"):
-            lines = dict(line.split(": ", 1) for line in one.splitlines() if not line.startswith(":"))
+class Events:
+    """An event stream that is being read."""
+
+    def __init__(self, wire: Wire) -> None:
+        self.wire = wire
+        self.parts: list[str] = []
+
+    async def next(self) -> tuple[str, Any]:
+        """The next event that has a name, decoded."""
+        while True:
+            while not self.parts:
+                part = await self.wire.chunk()
+                assert part, "the stream has ended"
+                self.parts = part.decode().split("\n\n")
+            lines = dict(line.split(": ", 1) for line in self.parts.pop(0).splitlines() if not line.startswith(":"))
             if "event" in lines:
                 return lines["event"], json.loads(lines["data"])
