@@ -19,6 +19,7 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cita
 RUN = Path("/run/citadel-lab")
 STATE = CACHE / "state"
 KEY_FILE = STATE / "key"
+SECRETS = {KEY_FILE.name: "sk-lab-", "sql-admin": "", "sql-gateway": ""}  # name of the file -> how the secret begins
 SSH_KEY = STATE / "id_lab"
 
 
@@ -41,7 +42,8 @@ class Host:
 class Layer:
     """What ``play`` leaves on a fresh machine; ``key``: the paths whose content decides whether it still fits.
 
-    ``host`` is the inventory's host that the play takes the builder for, ``address`` where the builder is.
+    ``host`` is the inventory's host that the play takes the builder for, ``address`` where the builder is; ``secrets``:
+    those of the lab that are in the layer, which is made anew when they are.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Layer:
     address: str
     play: tuple[str, ...]
     key: tuple[str, ...]
+    secrets: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,14 @@ _SETTINGS = _load()
 NETWORK = Network(**_SETTINGS["network"])
 HOSTS = {name: Host(name, **data) for name, data in _SETTINGS["hosts"].items()}
 LAYERS = {
-    name: Layer(name, data["host"], data["address"], tuple(data["play"]), tuple(data["key"]))
+    name: Layer(
+        name,
+        data["host"],
+        data["address"],
+        tuple(data["play"]),
+        tuple(data["key"]),
+        tuple(data.get("secrets", ())),
+    )
     for name, data in _SETTINGS["layers"].items()
 }
 BASE_PACKAGES: list[str] = _SETTINGS["base"]["packages"]

@@ -14,10 +14,10 @@ import tiny_models
 from common import (
     BASE_PACKAGES,
     CACHE,
-    KEY_FILE,
     LAB,
     LAYERS,
     REPO,
+    SECRETS,
     SSH_KEY,
     STATE,
     VENV,
@@ -153,12 +153,13 @@ def models() -> None:
 
 
 def secrets_of_the_lab() -> None:
-    """The gateway key that `lab/lab key` prints and the key pair for SSH, readable by their owner only."""
+    """The gateway key that `lab/lab key` prints, passwords, and the key pair for SSH, readable by their owner only."""
     STATE.mkdir(parents=True, exist_ok=True)
     STATE.chmod(0o700)
-    if not KEY_FILE.exists():
-        with os.fdopen(os.open(KEY_FILE, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-            file.write("sk-lab-" + secrets.token_urlsafe(32))
+    for name, beginning in SECRETS.items():
+        if not (path := STATE / name).exists():
+            with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+                file.write(beginning + secrets.token_urlsafe(32))
     if not SSH_KEY.exists():
         run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "citadel-lab", "-f", SSH_KEY])
 
@@ -166,7 +167,8 @@ def secrets_of_the_lab() -> None:
 def layer_path(layer: Layer, release: str) -> Path:
     """Where a layer is kept; the name holds what it depends on."""
     paths = [path for name in layer.key if (path := REPO / name).exists()]
-    return LAYERS_DIR / f"{layer.name}-{release}-{digest_of(paths, str(layer.play), base(release).name)}"
+    parts = [str(layer.play), base(release).name, *((STATE / name).read_text() for name in layer.secrets)]
+    return LAYERS_DIR / f"{layer.name}-{release}-{digest_of(paths, *parts)}"
 
 
 def prune() -> None:
