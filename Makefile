@@ -10,7 +10,7 @@ STAGE := tools/stage
 STAMP = .venv/.complete-$(shell cat requirements.txt files/requirements/installer.txt | sha256sum | cut -c1-12)
 
 # What the controller of a lab needs, as Debian packages.
-TOOLS := ca-certificates curl debian-archive-keyring iproute2 mmdebstrap openssh-client python3-venv systemd-container util-linux
+TOOLS := ca-certificates chromium chromium-driver curl debian-archive-keyring iproute2 mmdebstrap openssh-client python3-venv systemd-container util-linux
 PYTHON_FILES := gateway lab plugins tests tools molecule roles/vllm/files/citadel-engine roles/vllm/files/citadel-fetch lab/lab
 
 .PHONY: help tools venv lab down test check lint types unit molecule e2e scenarios validate docs lock bench
@@ -56,6 +56,7 @@ types: venv
 	mypy $(PYTHON_FILES)
 
 unit: venv
+	@tools/servers
 	pytest --cov --cov-report=term:skip-covered --cov-fail-under=90 --durations=10
 
 molecule: venv ## one scenario: make molecule S=gateway
@@ -64,6 +65,7 @@ molecule: venv ## one scenario: make molecule S=gateway
 
 test: tools venv check ## everything: check, each molecule scenario, site.yml on the lab, end-to-end tests
 	@$(STAGE) images 420 lab/lab prepare
+	@test ! -d tests/browser || $(STAGE) browser 120 pytest tests/browser
 	@$(STAGE) --last scenarios 1800 lab/lab exec pytest tests/scenarios tests/e2e -v --durations=25
 
 e2e: tools venv ## the end-to-end tests on the lab
