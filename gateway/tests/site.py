@@ -51,16 +51,23 @@ class Site:
             {"id": "admin", "sha256": digest(ADMIN), "scopes": ["admin", "metrics"]},
         ]
 
+        self.users: list[dict[str, Any]] = []
+        self.policies: dict[str, Any] | None = None
+
     def model(self, name: str, *ports: int, **more: Any) -> None:
         backends = [{"host": "127.0.0.1", "port": port} for port in ports]
         self.models.append({"name": name, "backends": backends, **more})
 
     def write(self) -> Path:
-        for name, value in (
-            ("gateway", self.config),
-            ("models", {"models": self.models}),
-            ("keys", {"keys": self.keys}),
-        ):
+        files = {
+            "gateway": self.config,
+            "models": {"models": self.models},
+            "keys": {"keys": self.keys, "users": self.users},
+        }
+        if self.policies is not None:
+            self.config["policies_file"] = str(self.folder / "policies.json")
+            files["policies"] = self.policies
+        for name, value in files.items():
             (self.folder / f"{name}.json").write_text(json.dumps(value))
         return self.folder / "gateway.json"
 
