@@ -1,21 +1,30 @@
 """What the tests about feedback, value and conversations share: a database of each kind, and a ledger with requests."""
 
-from collections.abc import Iterable, Iterator
+import asyncio
+import json
+from collections.abc import AsyncIterator, Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+import aiohttp
+import msgspec
 import pytest
+import uvicorn
+from citadel_gateway.control.app import make_app
 from citadel_gateway.control.business import Rules
 from citadel_gateway.control.sql import Database
 from citadel_gateway.control.sql.tables import requests, usage_daily
+from citadel_gateway.control.state import State
 from citadel_gateway.records import Settled
 from citadel_gateway.settings import Address, Gateway, Key, Model, Policies, Value
 from citadel_gateway.settings import Database as Settings
 
+from gateway.tests import fake_engine
+from gateway.tests.client import until
 from gateway.tests.servers import PostgresServer
-from gateway.tests.site import Site
+from gateway.tests.site import Site, digest
 
 NOW = 1_900_000_000.0  # in 2030, at 17:46:40 UTC
 HOST = "test"
@@ -85,3 +94,59 @@ def database(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Databas
     found = Database(settings_of(Site(tmp_path / "quality"), server))
     yield found
     found.close()
+
+
+KEYS = {"ann": ("inference",), "bob": ("inference",), "root": ("admin",), "page": ("read",), "scrape": ("metrics",)}
+
+
+class Served:
+    """The control process inside this test, asked over its socket. The keys are `sk-NAME`, one for each of KEYS."""
+
+    def __init__(self, site: Site, server: PostgresServer | None = None) -> None:
+        site.model("one", 11400, aliases=["uno"], context=8192, price={"share": 0.5})
+        site.model("two", 11401)
+        site.keys = [{"id": f"{name}-key", "user": name, "sha256": digest(f"sk-{name}"), "scopes": list(scopes)}
+                     for name, scopes in KEYS.items()]  # fmt: skip
+        site.config["policies_file"] = str(site.folder / "policies.json")
+        (site.folder / "policies.json").write_bytes(msgspec.json.encode(POLICIES))
+        self.site = site
+        self.settings = settings_of(site, server)
+        self.app = make_app(self.settings, fake_engine.KEY)
+        self.state: State = self.app.state.control
+        config = uvicorn.Config(
+            self.app, uds=self.settings.control_socket, log_config=None, ws="websockets-sansio", lifespan="on"
+        )
+        self.server = uvicorn.Server(config)
+        self.session: aiohttp.ClientSession | None = None
+
+    async def start(self) -> "Served":
+        self.task = asyncio.create_task(self.server._serve())
+        await until(lambda: self.server.started)
+        connector = aiohttp.UnixConnector(self.settings.control_socket)
+        self.session = aiohttp.ClientSession(connector=connector, base_url="http://gateway")
+        return self
+
+    async def stop(self) -> None:
+        if self.session is not None:
+            await self.session.close()
+        self.server.should_exit = True
+        await self.task
+
+    async def ask(self, method: str, path: str, by: str = "ann", body: Any = None, **more: Any) -> tuple[int, Any]:
+        """Status and decoded body."""
+        assert self.session is not None
+        headers = {"Authorization": f"Bearer sk-{by}", **more.pop("headers", {})} if by else {}
+        if body is not None:
+            more["json"] = body
+        async with self.session.request(method, path, headers=headers, **more) as reply:
+            return reply.status, json.loads(await reply.read() or b"null")
+
+    def enter(self, *records: Settled) -> None:
+        enter(self.state.database, records)
+
+
+@pytest.fixture
+async def served(site: Site) -> AsyncIterator[Served]:
+    found = await Served(site).start()
+    yield found
+    await found.stop()

@@ -33,7 +33,23 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from citadel_gateway import __version__
-from citadel_gateway.control import admin, alerts, chat, client, engines, lines, live, models, resume, streams
+from citadel_gateway.control import (
+    admin,
+    alerts,
+    analytics,
+    chat,
+    client,
+    conversations,
+    engines,
+    evaluate,
+    feedback,
+    lines,
+    live,
+    models,
+    quality,
+    resume,
+    streams,
+)
 from citadel_gateway.control.auth import Scoped
 from citadel_gateway.control.sockets import MESSAGE_BYTES
 from citadel_gateway.control.sql import DatabaseAwayError
@@ -56,6 +72,10 @@ ROUTERS = (
     live.router,
     resume.router,
     streams.router,
+    analytics.router,
+    conversations.router,
+    evaluate.router,
+    feedback.router,
 )
 LIFESPANS: tuple[Callable[[State], AbstractAsyncContextManager[None]], ...] = (
     lines.lifespan,
@@ -63,6 +83,7 @@ LIFESPANS: tuple[Callable[[State], AbstractAsyncContextManager[None]], ...] = (
     alerts.lifespan,
     live.lifespan,
     resume.lifespan,
+    quality.lifespan,
 )
 
 

@@ -7,19 +7,21 @@ as abandoned when its last turn was not answered to its end and nobody has given
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Query
 from pydantic import BaseModel
 from sqlalchemy import Connection, and_, select, tuple_, update
+from sqlalchemy.exc import DBAPIError
 
 from citadel_gateway.control import tallies
 from citadel_gateway.control.auth import Control, Scoped
 from citadel_gateway.control.business import Count, Rules, estimated
 from citadel_gateway.control.feedback import Found, fields_of, user_of
-from citadel_gateway.control.sql.engine import Database
+from citadel_gateway.control.sql.engine import Database, is_away
 from citadel_gateway.control.sql.tables import conversations
+from citadel_gateway.control.state import State as Owner
 from citadel_gateway.records import Settled
 from citadel_gateway.settings import Key
 
@@ -77,6 +79,25 @@ def settled(connection: Connection, database: Database, host: str, rules: Rules,
                 .values(**changed)
             )
     tallies.add(connection, database, host, counts)
+
+
+def within(state: Owner) -> Callable[[Connection, Sequence[Settled]], None]:
+    """What the settler calls with records that are new. Whatever fails here must not hold the ledger up: it is noted
+    and taken back by itself, unless the database as a whole is away.
+    """
+
+    def take(connection: Connection, records: Sequence[Settled]) -> None:
+        try:
+            with connection.begin_nested():
+                settled(connection, state.database, state.settings.host, Rules.of(state.snapshot), records)
+        except DBAPIError as error:
+            if is_away(error):
+                raise
+            log.error("conversations: %d requests are not in them: %s", len(records), type(error.orig).__name__)
+        except Exception:
+            log.exception("conversations: %d requests are not in them", len(records))
+
+    return take
 
 
 def locked(
