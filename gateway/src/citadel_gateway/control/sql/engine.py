@@ -53,7 +53,7 @@ class Database:
         self.away = False
 
     def _sqlite(self) -> Engine:
-        engine = create_engine(self.url, connect_args={"timeout": 15, "check_same_thread": False})
+        engine = create_engine(self.url, hide_parameters=True, connect_args={"timeout": 15, "check_same_thread": False})
 
         @event.listens_for(engine, "connect")
         def connected(connection: Any, entry: ConnectionPoolEntry) -> None:
@@ -73,6 +73,7 @@ class Database:
         url = self.url.set(drivername="postgresql+psycopg")
         engine = create_engine(
             url,
+            hide_parameters=True,  # a comment of a user has no place in a log
             pool_size=4,
             max_overflow=8,
             pool_timeout=CONNECT_SECONDS,

@@ -260,6 +260,7 @@ evaluations = Table(
     word("model"),
     word("request"),
     Column("passed", Boolean, nullable=False),
+    word("verdict"),  # correct, incorrect, partial
     word("expected"),
     word("reason"),
     seconds("seconds"),

@@ -62,6 +62,7 @@ def upgrade() -> None:
         sa.Column("model", sa.Text(), server_default=sa.text("''"), nullable=False),
         sa.Column("request", sa.Text(), server_default=sa.text("''"), nullable=False),
         sa.Column("passed", sa.Boolean(), nullable=False),
+        sa.Column("verdict", sa.Text(), server_default=sa.text("''"), nullable=False),
         sa.Column("expected", sa.Text(), server_default=sa.text("''"), nullable=False),
         sa.Column("reason", sa.Text(), server_default=sa.text("''"), nullable=False),
         sa.Column("seconds", sa.Double(), server_default=sa.text("0"), nullable=False),
