@@ -52,6 +52,7 @@ def test_the_first_admin_key(control: ThreadedControl, command: Command) -> None
     assert control.ask("GET", "/admin/users", key=key).status == 200
     assert control.ask("GET", "/metrics", key=key).status == 200
     assert "admin,read,metrics" in command("keys", "list", "--user", "operator")
+    assert command("keys", "create", "--admin", "--user", "operator", "--if-none") == ""
     (line,) = json.loads(command("audit", "--json", "--target", "operator"))
     assert (line["action"], line["who"], line["via"]) == ("user.create", "olivia", "cli")
 
@@ -67,7 +68,7 @@ def test_users(command: Command) -> None:
     assert "NO" in command("users", "list")
     assert command("users", "enable", "ann@example.org") == "user ann@example.org: enabled\n"
     assert command("users", "change", "nobody", status=1) == "There is no user 'nobody'\n"
-    assert json.loads(command("users", "list", "--json"))[-1]["id"] == "ann@example.org"
+    assert "ann@example.org" in [user["id"] for user in json.loads(command("users", "list", "--json"))]
 
 
 def test_keys(control: ThreadedControl, command: Command) -> None:
@@ -126,20 +127,17 @@ def test_what_a_deploy_would_undo(control: ThreadedControl, command: Command, tm
     command("overrides", "set", "aliases", "org/two", '["due"]')
     command("tiers", "set", "basic", "tokens_per_minute=50")
     command("tiers", "set", "premium", "priority=4")
-    assert command("overrides", "--against", str(control.site.folder)) == (
-        "3 run-time changes, of which this deploy would undo 0\n"
-    )
+    assert command("overrides", "--against", str(control.site.folder)) == ""
     model = {"name": "one", "backends": [{"host": "127.0.0.1", "port": 11400}], "aliases": ["due"]}
     other = {"name": "org/two", "backends": [{"host": "127.0.0.1", "port": 11402}]}
     (tmp_path / "models.json").write_text(json.dumps({"models": [model, other]}))
     tiers = [{"name": "basic", "tokens_per_minute": 2000}, {"name": "premium"}]
     (tmp_path / "policies.json").write_text(json.dumps({"tiers": tiers}))
-    collides, undone, last = command("overrides", "--against", str(tmp_path)).splitlines()
+    collides, undone = command("overrides", "--against", str(tmp_path)).splitlines()
     assert collides.startswith('collides: aliases org/two = ["due"], set by olivia at ')
     assert "the name 'due' is used 2 times" in collides
     assert undone.startswith("undone: tier basic tokens_per_minute = 50, set by olivia at ")
     assert undone.endswith("declared was 1000 and becomes 2000")
-    assert last == "3 run-time changes, of which this deploy would undo 2"
     (tmp_path / "models.json").write_text(json.dumps({"models": [model]}))
     (gone,) = json.loads(command("overrides", "--json", "--against", str(tmp_path / "models.json")))
     assert gone["status"] == "gone"

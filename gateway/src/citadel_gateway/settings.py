@@ -139,12 +139,16 @@ class Gateway(Strict, frozen=True):
 
 
 class Address(Strict, frozen=True):
-    """A replica. `gateway`: it is the gateway of another host, asked with the peer key, which meters nothing."""
+    """A replica. `gateway`: it is the gateway of another host, asked with the peer key, which meters nothing.
+    `shared`: it serves other models too. `health`: what is asked to see whether it is well.
+    """
 
     host: str
     port: Port
     weight: Amount = 1.0
     gateway: bool = False
+    shared: bool = False
+    health: Annotated[str, Meta(pattern=r"^/[!-~]{0,255}\Z")] = "/health"
 
 
 class Price(Strict, frozen=True):
@@ -336,13 +340,13 @@ def model_problems(models: Models, path: str) -> list[str]:
     """A name or an alias that stands twice, a backend that belongs to two models."""
     names = Counter(name for model in models.models for name in (model.name, *model.aliases))
     found = [f"{path}: the name {name!r} is used {count} times" for name, count in names.items() if count > 1]
-    owners: dict[Address, str] = {}
+    owners: dict[tuple[str, int], str] = {}
     for model in models.models:
         for backend in model.backends:
-            owner = owners.setdefault(backend, model.name)
-            if owner != model.name:
+            owner = owners.setdefault((backend.host, backend.port), model.name)
+            if owner != model.name and not (backend.gateway or backend.shared):
                 found.append(f"{path}: {backend.host}:{backend.port} belongs to both {owner!r} and {model.name!r}")
-        if len(set(model.backends)) != len(model.backends):
+        if len({(backend.host, backend.port) for backend in model.backends}) != len(model.backends):
             found.append(f"{path}: {model.name!r} names a backend twice")
     return found
 

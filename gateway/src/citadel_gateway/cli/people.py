@@ -70,6 +70,7 @@ def add_keys(keys: Commands) -> None:
     parser = one(keys, "create", "Make a key and print it, this once.", create_key)
     parser.add_argument("--user", required=True, help="to whom it belongs")
     parser.add_argument("--new-user", action="store_true", help="make the user if there is none")
+    parser.add_argument("--if-none", action="store_true", help="only if no key made here has these scopes yet")
     parser.add_argument("--id", metavar="NAME", help="what logs and lists call it (default: made up)")
     parser.add_argument("--admin", action="store_true", help="scope admin, read and metrics; implies --new-user")
     parser.add_argument("--scope", action="append", metavar="SCOPE", help="again for each (default: inference)")
@@ -187,7 +188,12 @@ def create_key(options: argparse.Namespace, settings: Gateway) -> int:
         "user": options.user, "scopes": scopes, "models": options.model or ["*"], "expires_in": options.expires,
         "use_case": options.use_case, "new_user": options.new_user or options.admin,
     }  # fmt: skip
-    found = client_of(settings, options).ask("POST", "/admin/keys", entry | ({"id": options.id} if options.id else {}))
+    client = client_of(settings, options)
+    if options.if_none:
+        made = [key for key in client.ask("GET", "/admin/keys") if key["state"] == "valid" and not key["declared"]]
+        if any(set(scopes) <= set(key["scopes"]) for key in made):
+            return 0
+    found = client.ask("POST", "/admin/keys", entry | ({"id": options.id} if options.id else {}))
     return show_key(options, found)
 
 
@@ -328,7 +334,6 @@ def against(options: argparse.Namespace, settings: Gateway) -> int:
         return 0
     for one in lost:
         print(told(one, new))
-    print(f"{len(changes)} run-time changes, of which this deploy would undo {len(lost)}")
     return 0
 
 

@@ -44,6 +44,7 @@ def metrics(control: Control) -> Response:
     names = control.snapshot.models if control.snapshot is not None else ()
     draining = {model.name: control.draining(model.name) for model in names}
     page = render(read_reports(Path(control.settings.run_dir)), draining)
+    page += "".join(part() for part in control.pages)
     return PlainTextResponse(page, media_type="text/plain; version=0.0.4; charset=utf-8")
 
 

@@ -23,7 +23,7 @@ from citadel_gateway.control.stored import read_people, read_version
 from citadel_gateway.keys import digest, new_key
 from citadel_gateway.metrics import write_atomically
 from citadel_gateway.overrides import Files, Standing, read_files
-from citadel_gateway.settings import ConfigError, Gateway, Key, User, local_key_path
+from citadel_gateway.settings import ConfigError, Gateway, Key, Policies, Tier, User, local_key_path
 from citadel_gateway.snapshot import (
     Mark,
     Marks,
@@ -71,6 +71,7 @@ class State:
         self.listeners: list[Callable[[Snapshot], None]] = []
         self.tasks: list[asyncio.Task[None]] = []
         self.parts: dict[str, Any] = {}  # what a subject has for the others
+        self.pages: list[Callable[[], str]] = []  # what a subject adds to /metrics: lines, each with its end
         self.local_digest = digest(local_key(settings))
 
     # the snapshot ---------------------------------------------------------------------------------------------------
@@ -177,9 +178,17 @@ class State:
                 return model.name
         return None
 
-    def user(self, name: str) -> User | None:
+    def user(self, key: Key) -> User:
+        """To whom the key belongs."""
         users = self.snapshot.users if self.snapshot is not None else ()
-        return next((user for user in users if user.id == name), None)
+        name = key.user or key.id
+        return next((user for user in users if user.id == name), User(name))
+
+    def tier(self, user: User) -> Tier:
+        """The user's tier, or the default one."""
+        policies = self.snapshot.policies if self.snapshot is not None else Policies()
+        name = user.tier or policies.default_tier
+        return next((tier for tier in policies.tiers if tier.name == name), policies.tiers[0])
 
     def key(self, authorization: str, *, local: bool = False) -> Key | None:
         """The key that was sent. `local`: it came over the control socket itself, where the local key counts too.
