@@ -54,8 +54,8 @@ class Backend:
     """
 
     __slots__ = (
-        "busy", "first", "gateway", "health", "host", "inflight", "label", "last", "made", "model", "per_token",
-        "pool", "port", "row", "seed", "spent", "stamp", "tokens", "weight",
+        "busy", "capabilities", "first", "gateway", "health", "host", "idle", "inflight", "label", "last", "made",
+        "model", "per_token", "pool", "port", "row", "seed", "spent", "stamp", "tokens", "weight",
     )  # fmt: skip
 
     def __init__(
@@ -74,6 +74,7 @@ class Backend:
         self.health = health
         self.model = model
         self.gateway = gateway
+        self.capabilities: tuple[Capability, ...] = ()
         self.weight = 1.0
         self.inflight = 0
         self.tokens = 0  # of the requests in flight: their prompts and what they may generate
@@ -81,7 +82,8 @@ class Backend:
         name = f"{model} {self.label}" if gateway else self.label
         self.row = (board or Board()).row(name)
         self.seed = self.row.key & 0xFFFFFFFFFFFFFFFF  # the same in all workers and hosts
-        self.last = 0.0  # when it last sent a byte, or had nothing to do
+        self.last = 0.0  # when it last sent a byte
+        self.idle = 0.0  # until when it last had nothing to do
         self.first = PeakEwma()  # seconds to the first byte of a reply
         self.per_token = PeakEwma()  # seconds of a request for a generated token
         self.spent = 0.0
@@ -94,7 +96,7 @@ class Backend:
         """A request goes to it. The reading of the engine's clock, from which its share will be counted."""
         self.advance(now)
         if not self.inflight:
-            self.last = now
+            self.idle = now
         self.inflight += 1
         self.tokens += tokens
         row = self.row
@@ -158,9 +160,7 @@ class Backend:
             self.made //= 2
             self.busy /= 2
         health = self.health
-        if not self.inflight:
-            self.last = now
-        elif now - self.last > max(SILENCE, UNUSUAL * self.first.value):
+        if self.inflight and now - max(self.last, self.idle) > max(SILENCE, UNUSUAL * self.first.value):
             health.doubt(now)
         elif health.doubted and self.last > health.doubted:
             health.heard()
@@ -290,6 +290,7 @@ class Catalogue:
                 )
             backend.weight = address.weight
             backend.model = entry.name
+            backend.capabilities = entry.capabilities
             backend.health.routing = self.routing
             self.backends[name] = backend
             backends.append(backend)
