@@ -23,6 +23,7 @@ Amount = Annotated[float, Meta(ge=0)]
 Scope = Literal["inference", "read", "admin", "metrics", "alerts", "peer"]
 Overage = Literal["block", "degrade", "bill"]
 Capability = Literal["chat", "completions", "embeddings", "responses", "messages", "tools"]
+WORKERS = "CITADEL_GATEWAY_WORKERS"  # from `serve` to the processes that it starts
 ORIGIN = re.compile(r"\*|https?://[^/\s,]+")
 
 
@@ -317,6 +318,13 @@ def read(path: str | Path, kind: type[T]) -> T:
         return msgspec.json.decode(raw, type=kind)
     except msgspec.DecodeError as error:  # ValidationError is one of these
         raise ConfigError(f"{path}: {error}") from None
+
+
+def read_gateway(path: str | Path) -> Gateway:
+    """gateway.json, with the number of workers that `serve` has chosen."""
+    settings = read(path, Gateway)
+    workers = os.environ.get(WORKERS, "")
+    return msgspec.structs.replace(settings, workers=int(workers)) if workers.isdecimal() and int(workers) else settings
 
 
 def gateway_problems(gateway: Gateway, path: str) -> list[str]:

@@ -9,7 +9,7 @@ from citadel_gateway.cli import evaluate, laptop, local, people
 from citadel_gateway.cli.client import Failed
 from citadel_gateway.cli.commands import Bare, Commands, Run
 from citadel_gateway.cli.local import EX_CONFIG
-from citadel_gateway.settings import ConfigError, Gateway, gateway_problems, read
+from citadel_gateway.settings import ConfigError, gateway_problems, read_gateway
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -43,7 +43,7 @@ def run(options: argparse.Namespace) -> int:
     if options.bare is not None:
         bare: Bare = options.bare
         return bare(options)
-    settings = read(options.config, Gateway)
+    settings = read_gateway(options.config)
     found = gateway_problems(settings, options.config)
     if found:
         raise ConfigError(*found)
