@@ -34,14 +34,16 @@ from citadel_gateway.errors import Refusal
 from citadel_gateway.settings import Admission
 
 HIGHEST = 9
-STEPS = 10  # priorities in a `max_wait`: so much earlier a request counts for each
-OWN = 0.01  # of `max_wait`: so much later it counts for each waiter that its user has already
+STEPS = 20  # priorities in a `max_wait`: so much earlier a request counts for each
+OWN, OWN_MOST = 0.01, 0.2  # of `max_wait`: so much later it counts for each waiter that its user has already
 OTHERS = 8  # every so many-th slot goes to a lower priority than the first waiter's, if such a one waits
 NEWER = 0.05  # weight of the newest measurement of how long a slot is held
 UNFAIR = 0.1  # seconds that another worker's waiter may be ahead of ours before we leave a slot to it
 HORIZON = 10.0  # seconds over which arrivals are compared with what can be done
 OVERLOAD, RELIEF, MOST = 2.0, 1.2, 3.0  # times of what can be done: overload begins, ends, and is never called worse
+LENIENCE = 1.5  # times of that wait before a waiter is sent away again: the estimate moves a little all the time
 SHORTEST = 0.05  # seconds: no queue is kept shorter than this
+LAST = 1 << 62  # comes after all serial numbers
 LATEST = 600  # seconds: nobody is told to come back later than this
 SPREAD = 0.25  # of a Retry-After, so that those who were refused together do not come back together
 
@@ -168,10 +170,14 @@ class Lane:
         self.overloaded = False
         self.arrived = min(self.arrived, self.capacity())
 
-    def patience(self) -> float:
-        """Seconds that a request may wait."""
+    def patience(self, lower: bool = False) -> float:
+        """Seconds that a request may wait. One of the lower priorities is always let wait for its turn."""
         longest = self.settings.max_wait
-        return min(longest, max(self.held, SHORTEST)) if self.overloaded else longest
+        if not self.overloaded:
+            return longest
+        rate = self.rate()
+        turn = OTHERS / rate if lower and rate else 0.0
+        return min(longest, max(self.held, SHORTEST, turn))
 
     def expected(self, ahead: float, lower: float | None = None) -> float:
         """Seconds until the turn of one with so many before it; `lower`: how many of them count where every eighth slot
@@ -185,7 +191,7 @@ class Lane:
 
     def ahead(self, order: float) -> float:
         """How many are before a place in the order, with those of the other workers as far as can be guessed."""
-        mine = bisect_left(self.queue, (order, 0))
+        mine = bisect_left(self.queue, (order, LAST))
         row = self.row
         if not row.others:
             return mine
@@ -216,7 +222,7 @@ class Lane:
     def place(self, user: str, priority: int, now: float) -> float:
         """Where a request belongs in the order."""
         longest = self.settings.max_wait
-        own = min(self.users[user] * OWN, 1.0) if user else 0.0
+        own = min(self.users[user] * OWN, OWN_MOST) if user else 0.0
         return now + longest * ((HIGHEST - priority) / STEPS + own)
 
     def insert(self, entry: Entry) -> None:
@@ -336,8 +342,9 @@ class Gatekeeper:
         """A place in the queue, if its turn will come in time."""
         order = lane.place(user, priority, now)
         ahead = lane.ahead(order)
-        expected = lane.expected(ahead, lane.lower_before(order, priority))
-        patience = lane.patience()
+        lower = lane.lower_before(order, priority)
+        expected = lane.expected(ahead, lower)
+        patience = lane.patience(lower is not None)
         left = deadline - now if deadline else patience
         if expected > min(patience, left):
             return self.shed(lane, "deadline" if left < patience else "wait", expected - min(patience, left), ahead)
@@ -440,7 +447,7 @@ class Gatekeeper:
 
     def shorten(self, lane: Lane) -> None:
         """Under overload: let go at once whose turn will not come soon, from the end of the queue."""
-        patience = lane.patience()
+        patience, longer = lane.patience() * LENIENCE, lane.patience(True) * LENIENCE
         top = lane.queue[0][2].priority if lane.queue else 0
         lower = sum(1 for _, _, entry in lane.queue if entry.priority < top)
         scale = lane.scale()
@@ -450,7 +457,7 @@ class Gatekeeper:
                 break
             if entry.priority < top:
                 lower -= 1
-                if lane.expected(position * scale, lower * scale) <= patience:
+                if lane.expected(position * scale, lower * scale) <= longer:
                     continue
             if entry.waiter in self.entries:
                 self.drop(entry, self.shed(lane, "wait", expected - patience, position))
