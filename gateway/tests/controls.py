@@ -38,12 +38,14 @@ class Answer:
 
 
 class ThreadedControl:
-    def __init__(self, site: Site) -> None:
+    def __init__(self, site: Site, port: int = 0) -> None:
+        """`port`: of loopback, for clients that know no Unix sockets."""
         self.site = site
         self.settings = site.settings
         self.app = make_app(self.settings, fake_engine.KEY)
         self.state: State = self.app.state.control
-        config = uvicorn.Config(self.app, uds=self.settings.control_socket, log_config=None, ws="websockets-sansio")
+        where = self.settings.control_socket if not port else None
+        config = uvicorn.Config(self.app, uds=where, port=port, log_config=None, ws="websockets-sansio")
         self.server = uvicorn.Server(config)
         self.thread = threading.Thread(target=self.server.run, daemon=True)
 

@@ -29,6 +29,7 @@ import uvicorn
 from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -43,14 +44,17 @@ from citadel_gateway.control import (
     engines,
     evaluate,
     feedback,
+    ledger,
     lines,
     live,
     models,
     quality,
     resume,
     streams,
+    why,
 )
 from citadel_gateway.control.auth import Scoped
+from citadel_gateway.control.graphql import http as graphql
 from citadel_gateway.control.sockets import MESSAGE_BYTES
 from citadel_gateway.control.sql import DatabaseAwayError
 from citadel_gateway.control.state import LOOK_SECONDS, State
@@ -76,6 +80,9 @@ ROUTERS = (
     conversations.router,
     evaluate.router,
     feedback.router,
+    graphql.router,
+    ledger.router,
+    why.router,
 )
 LIFESPANS: tuple[Callable[[State], AbstractAsyncContextManager[None]], ...] = (
     lines.lifespan,
@@ -84,7 +91,22 @@ LIFESPANS: tuple[Callable[[State], AbstractAsyncContextManager[None]], ...] = (
     live.lifespan,
     resume.lifespan,
     quality.lifespan,
+    graphql.lifespan,
+    ledger.lifespan,
 )
+
+
+class ErrorEntry(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class ErrorBody(BaseModel):
+    """Every answer that is no success."""
+
+    error: ErrorEntry
 
 
 def make_app(settings: Gateway, internal_key: str) -> FastAPI:
@@ -105,7 +127,15 @@ def make_app(settings: Gateway, internal_key: str) -> FastAPI:
         await state.close()
 
     app = FastAPI(
-        title="Citadel gateway", version=__version__, lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None
+        title="Citadel gateway",
+        version=__version__,
+        lifespan=lifespan,
+        openapi_url=None,
+        docs_url=None,
+        redoc_url=None,
+        responses={
+            "default": {"model": ErrorBody, "description": "Refused or failed, in the shape of OpenAI's errors"}
+        },
     )
     app.state.control = state
     app.state.internal_key = internal_key
