@@ -5,8 +5,9 @@ import os
 from pathlib import Path
 
 import pytest
+from citadel_gateway.core.ticket import Line
 from citadel_gateway.worker import accesslog
-from citadel_gateway.worker.accesslog import AccessLog, Line
+from citadel_gateway.worker.accesslog import AccessLog
 
 
 def line(number: int = 0) -> Line:

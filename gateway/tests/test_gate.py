@@ -17,8 +17,10 @@ from gateway.tests.site import Running, Site, digest
 
 async def test_the_list_of_models(gateway: Running) -> None:
     reply = await get(gateway.port, "/v1/models")
-    (model,) = reply.json()["data"]
+    model, auto = reply.json()["data"]
     assert model["id"] == "one"
+    assert (auto["id"], auto["models"], auto["state"], auto["max_model_len"]) == ("auto", ["one"], "up", 8192)
+    assert (await get(gateway.port, "/v1/models/auto")).json() == auto
     assert model["object"] == "model"
     assert (model["max_model_len"], model["aliases"], model["state"]) == (8192, ["uno"], "up")
     assert (await get(gateway.port, "/v1/models/uno")).json() == model
@@ -54,7 +56,8 @@ async def test_what_a_key_may_use(site: Site, engine: FakeEngine) -> None:
     reply = await ask(gateway.port, chat(model="two", key="sk-limited"))
     assert (reply.status, reply.error()) == (403, "model_not_allowed")
     listed = (await get(gateway.port, "/v1/models", key="sk-limited")).json()["data"]
-    assert [model["id"] for model in listed] == ["one"]
+    assert [model["id"] for model in listed] == ["one", "auto"]
+    assert listed[1]["models"] == ["one"]
     assert (await get(gateway.port, "/v1/models/two", key="sk-limited")).status == 404
     reply = await ask(gateway.port, chat(key=ADMIN))
     assert (reply.status, reply.error()) == (403, "insufficient_scope")

@@ -5,8 +5,9 @@ import json
 from typing import Any
 
 import pytest
+from citadel_gateway.core.ticket import Used
 from citadel_gateway.worker.sse import end_of_events
-from citadel_gateway.worker.usage import Ask, Meter, Used, asked, replaced, with_member, with_options
+from citadel_gateway.worker.usage import Ask, Meter, asked, replaced, with_member, with_options
 from hypothesis import example, given
 from hypothesis import strategies as st
 

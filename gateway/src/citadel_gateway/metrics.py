@@ -7,7 +7,7 @@ only: an unknown model is `other`. The control process adds the files up; a work
 
 import time
 from bisect import bisect_left
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import msgspec
@@ -20,6 +20,9 @@ FRESH = 5.0  # a worker whose file is older than this is gone: its gauges count 
 
 DURATION = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320)
 TTFT = (0.05, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40)
+QUEUE = (0.005, 0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+COST = (1e-5, 2.5e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1)
+STORE = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1)
 
 # name -> (type, labels, help)
 FAMILIES: dict[str, tuple[str, Labels, str]] = {
@@ -30,6 +33,26 @@ FAMILIES: dict[str, tuple[str, Labels, str]] = {
     "llm_gateway_time_to_first_token_seconds": (
         "histogram", ("model",), "From the complete request to the first event of a stream."),
     "llm_gateway_inflight_requests": ("gauge", ("model",), "Requests that a model is working on."),
+    "llm_gateway_tokens_total": (
+        "counter", ("model", "type"), "Tokens: input, output, and cached (which are some of the input)."),
+    "llm_gateway_cost_usd_total": (
+        "counter", ("model", "component"), "Cost of requests by component: hardware, energy, tokens."),
+    "llm_gateway_request_cost_usd": ("histogram", ("model",), "Cost of a request that reached an engine."),
+    "llm_gateway_requests_by_tier_total": ("counter", ("tier", "outcome"), "Requests of known users by their end."),
+    "llm_gateway_ratelimited_total": ("counter", ("model", "reason"), "Refused by a limit of the user."),
+    "llm_gateway_shed_total": (
+        "counter", ("model", "reason"), "Refused by the queue: full, wait, deadline, evicted, expired, limit."),
+    "llm_gateway_fallbacks_total": ("counter", ("model", "to_model"), "Handed on to another model."),
+    "llm_gateway_queue_length": ("gauge", ("model",), "Requests that wait for a slot."),
+    "llm_gateway_queue_seconds": ("histogram", ("model",), "Wait for a slot, of models that have slots."),
+    "llm_gateway_limit_store_up": ("gauge", (), "1 when every worker reaches the store of limits."),
+    "llm_gateway_limit_store_seconds": ("histogram", (), "Answers of the store of limits."),
+    "llm_gateway_journal_lost_total": ("counter", (), "Records of the journal that found no space."),
+    "llm_gateway_circuit_state": (
+        "gauge", ("model", "backend"), "0 closed, 1 half open, 2 open; the worst view of all workers."),
+    "llm_gateway_worker_stopping": ("gauge", (), "Workers that are draining."),
+    "llm_gateway_metrics_dropped_labels_total": (
+        "counter", ("metric",), "Labels that became 'other' because they are not in a closed set."),
     "llm_gateway_upstream_errors_total": (
         "counter", ("model", "reason"), "Failures of a backend: connect, reset, timeout, bad_reply, status."),
     "llm_gateway_retries_total": ("counter", ("model", "reason"), "Sent again: stale connection, other backend."),
@@ -41,8 +64,19 @@ FAMILIES: dict[str, tuple[str, Labels, str]] = {
     "llm_gateway_workers": ("gauge", (), "Workers that have reported in the last five seconds."),
     "llm_gateway_build_info": ("gauge", ("version",), "Always 1."),
 }  # fmt: skip
-BUCKETS = {"llm_gateway_request_duration_seconds": DURATION, "llm_gateway_time_to_first_token_seconds": TTFT}
-SMALLEST = {"llm_gateway_backend_up"}  # the gauges of which the worst view counts; the others are added up
+BUCKETS = {
+    "llm_gateway_request_duration_seconds": DURATION,
+    "llm_gateway_time_to_first_token_seconds": TTFT,
+    "llm_gateway_request_cost_usd": COST,
+    "llm_gateway_queue_seconds": QUEUE,
+    "llm_gateway_limit_store_seconds": STORE,
+}
+# the gauges of which the worst view counts; the others are added up
+WORST: dict[str, Callable[[float, float], float]] = {
+    "llm_gateway_backend_up": min,
+    "llm_gateway_limit_store_up": min,
+    "llm_gateway_circuit_state": max,
+}
 
 
 class Histogram(Struct):
@@ -80,14 +114,23 @@ class Report(Struct):
 class Series:
     """All that is counted for one (model, endpoint, stream): a request looks it up once."""
 
-    __slots__ = ("bytes_in", "bytes_out", "codes", "duration", "first_token")
+    __slots__ = (
+        "bytes_in", "bytes_out", "cached", "codes", "cost", "duration", "first_token", "input", "output", "queue",
+        "spent",
+    )  # fmt: skip
 
     def __init__(self) -> None:
         self.codes: dict[str, int] = {}
         self.duration = Histogram([0] * (len(DURATION) + 1))
         self.first_token = Histogram([0] * (len(TTFT) + 1))
+        self.cost = Histogram([0] * (len(COST) + 1))
+        self.queue = Histogram([0] * (len(QUEUE) + 1))
         self.bytes_in = 0
         self.bytes_out = 0
+        self.input = 0
+        self.output = 0
+        self.cached = 0
+        self.spent: dict[str, float] = {}
 
 
 class Metrics:
@@ -107,6 +150,15 @@ class Metrics:
         series = self.counters[name]
         series[labels] = series.get(labels, 0) + amount
 
+    def observe(self, name: str, value: float, labels: Labels = ()) -> None:
+        """One value of a histogram that is not counted by series."""
+        bounds = BUCKETS[name]
+        series = self.histograms[name]
+        found = series.get(labels)
+        if found is None:
+            found = series[labels] = Histogram([0] * (len(bounds) + 1))
+        found.observe(value, bounds)
+
     def of(self, model: str, endpoint: str, stream: bool) -> Series:
         """The series a request belongs to, made when it is the first."""
         key = (model, endpoint, stream)
@@ -122,9 +174,16 @@ class Metrics:
                 self.count("llm_gateway_requests_total", (model, endpoint, code), count)
             self.count("llm_gateway_bytes_total", (model, "in"), series.bytes_in)
             self.count("llm_gateway_bytes_total", (model, "out"), series.bytes_out)
+            for kind, tokens in (("input", series.input), ("output", series.output), ("cached", series.cached)):
+                if tokens:
+                    self.count("llm_gateway_tokens_total", (model, kind), tokens)
+            for component, usd in series.spent.items():
+                self.count("llm_gateway_cost_usd_total", (model, component), usd)
             labels = (model, endpoint, "true" if stream else "false")
             self.merge("llm_gateway_request_duration_seconds", labels, series.duration)
             self.merge("llm_gateway_time_to_first_token_seconds", (model,), series.first_token)
+            self.merge("llm_gateway_request_cost_usd", (model,), series.cost)
+            self.merge("llm_gateway_queue_seconds", (model,), series.queue)
         self.series = {}
 
     def merge(self, name: str, labels: Labels, more: Histogram) -> None:
@@ -195,8 +254,9 @@ def merged_gauges(reports: Iterable[Report]) -> dict[str, dict[Labels, float]]:
             series = gauges.setdefault(name, {})
             for sample in samples:
                 labels = tuple(sample.labels)
-                if name in SMALLEST:
-                    series[labels] = min(series.get(labels, sample.value), sample.value)
+                worst = WORST.get(name)
+                if worst is not None:
+                    series[labels] = worst(series.get(labels, sample.value), sample.value)
                 else:
                     series[labels] = series.get(labels, 0) + sample.value
     return gauges

@@ -9,26 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
-from msgspec import Struct
+
+from citadel_gateway.core.ticket import Line
 
 BATCH = 256  # lines that are encoded at once; more would be felt as a pause by the streams
 BACKLOG = 64 * 1024 * 1024  # bytes that may wait for a disk that does not take them; what is above is counted as lost
-
-
-class Line(Struct, gc=False):
-    ts: float
-    request_id: str
-    key: str
-    model: str
-    path: str
-    status: int
-    stream: bool
-    bytes_in: int
-    bytes_out: int
-    ttft_ms: float | None
-    duration_ms: float
-    client: str
-    outcome: str
 
 
 class AccessLog:

@@ -1,17 +1,21 @@
 """One request on its way: to a backend, and the reply back to the client, byte for byte.
 
-Drives the ticket of the decision core with what happens on two connections. It owns the rules of failure: before the
-first byte went to the client another backend may answer, after it a stream ends with an error event, and nothing ever
-ends silently.
+Drives the ticket of the decision core with what happens on two connections, from the reservation of limits to the last
+byte. It owns the rules of failure: before the first byte went to the client another backend may answer, after it a
+stream ends with an error event, and nothing ever ends silently.
 """
 
 import asyncio
 from collections.abc import Callable
 from typing import Protocol
 
-from citadel_gateway.core.core import FIRST_BYTE, SENT, Core, Ticket
+from citadel_gateway.core.core import Core
+from citadel_gateway.core.health import BROKEN, NEUTRAL, SERVED, UNREACHABLE
+from citadel_gateway.core.limits import Denied, Reservation
+from citadel_gateway.core.ticket import FIRST_BYTE, SENT, Ticket
 from citadel_gateway.errors import Refusal, stream_error
 from citadel_gateway.settings import Timeouts
+from citadel_gateway.worker.asking import Asking
 from citadel_gateway.worker.headers import DROP_TO_CLIENT, passed_on, status_line
 from citadel_gateway.worker.outbox import Outbox
 from citadel_gateway.worker.sse import end_of_events
@@ -20,6 +24,8 @@ from citadel_gateway.worker.upstream import Connection, Pool
 STALE = 1.0  # a kept-alive connection that dies sooner than this after the request cannot have executed it
 WHOLE = 1024 * 1024  # replies up to this size are sent when they are complete, so that a broken one is an honest 502
 END = b"0\r\n\r\n"
+MOST_TRIES = 3  # of requests that a backend took and did not answer: one of them may be what kills it
+BUSY = frozenset((429, 503))
 
 
 class Client(Protocol):
@@ -38,8 +44,9 @@ class Exchange:
     """Between `start` and its one end it is the owner of at most one upstream connection."""
 
     __slots__ = (
-        "body", "clock", "connecting", "connection", "core", "head_sent", "last", "length", "limits", "lines",
-        "outbox", "paused", "pool", "reused", "route", "sse", "stale_retried", "start_line", "tail", "ticket", "to",
+        "asking", "body", "clock", "connecting", "connection", "control", "core", "head_sent", "last", "length",
+        "limits", "lines", "outbox", "paused", "pool", "reused", "sse", "stale_retried", "start_line", "tail", "ticket",
+        "to",
     )  # fmt: skip
 
     def __init__(
@@ -50,10 +57,12 @@ class Exchange:
         outbox: Outbox,
         ticket: Ticket,
         to: Client,
-        route: Callable[[Ticket], Pool],
         start_line: bytes,
         lines: bytes,
-        body: bytes,
+        *,
+        asking: Asking | None = None,
+        control: Pool | None = None,
+        body: bytes = b"",
     ) -> None:
         self.core = core
         self.clock = clock
@@ -61,9 +70,10 @@ class Exchange:
         self.outbox = outbox
         self.ticket = ticket
         self.to = to
-        self.route = route  # the pool of the next backend to try; raises Refusal when there is none
         self.start_line = start_line
-        self.lines = lines  # all headers but those that the pool adds
+        self.lines = lines  # all headers but those that the pool adds, and the length
+        self.asking = asking  # of a model; else the request is the control process'
+        self.control = control
         self.body = body
         self.connection: Connection | None = None
         self.connecting: asyncio.Task[Connection] | None = None
@@ -77,16 +87,79 @@ class Exchange:
         self.last = 0.0
         self.paused = 0.0
 
+    # what must be had before it is sent -----------------------------------------------------------------------------
+    def begin(self) -> None:
+        """As far as it goes without waiting; all the way, as a rule. Raises Refusal when there is no way."""
+        if self.asking is None:
+            self.start()
+            return
+        now = self.clock()
+        found = self.core.reserve(self.ticket, now, self.reserved)
+        if found is not None:
+            self.core.reserved(self.ticket, found, now)
+            self.enter(now)
+
+    def reserved(self, found: Reservation | Denied) -> None:
+        """The limiter calls back."""
+        now = self.clock()
+        try:
+            self.core.reserved(self.ticket, found, now)
+            self.enter(now)
+        except Refusal as refusal:
+            self.refuse(refusal)
+
+    def enter(self, now: float) -> None:
+        if self.core.enter(self.ticket, self, now):
+            self.start()
+
+    def go(self) -> None:
+        """The gatekeeper calls back: there is a slot."""
+        self.core.admitted(self.ticket, self.clock())
+        try:
+            self.start()
+        except Refusal as refusal:
+            self.refuse(refusal)
+
+    def refused(self, refusal: Refusal) -> None:
+        """The gatekeeper calls back: there will be none."""
+        self.core.shed(self.ticket, refusal)
+        self.refuse(refusal)
+
     # towards the backend --------------------------------------------------------------------------------------------
     def start(self) -> None:
         """Send the request. Raises Refusal when no backend can take it."""
-        self.pool = pool = self.route(self.ticket)
+        pool = self.next_pool()
+        if pool is None:
+            return  # waits for a slot of another model
+        self.pool = pool
         connection = pool.take()
         if connection is not None:
             self.reused = True
             self.send(connection, pool)
         else:
             self.connect(pool)
+
+    def next_pool(self) -> Pool | None:
+        """Of the next backend to try, of whichever model. Raises Refusal when there is none."""
+        core, ticket = self.core, self.ticket
+        if self.asking is None:
+            if ticket.tries or self.control is None:
+                message = "This part of the gateway is not available at the moment"
+                raise Refusal(503, "control_unavailable", message, retry_after=2, outcome="unavailable")
+            ticket.tries = 1
+            return self.control
+        now = self.clock()
+        while True:
+            backend = core.route(ticket, now)
+            if backend is not None:
+                assert ticket.model is not None
+                self.body = self.asking.body_for(ticket.model)
+                pool: Pool = backend.pool
+                return pool
+            if not core.fall_back(ticket, now):
+                raise core.unavailable(ticket)
+            if not core.enter(ticket, self, now):
+                return None
 
     def connect(self, pool: Pool) -> None:
         self.reused = False
@@ -114,28 +187,38 @@ class Exchange:
         self.core.sent(self.ticket, now)
         connection.owner = self
         assert connection.transport is not None
-        request = b"".join((self.start_line, pool.preamble, self.lines, self.body))
+        if self.asking is not None:
+            self.ticket.meter = self.asking.meter()
+        length = b"content-length: %d\r\n\r\n" % len(self.body)
+        request = b"".join((self.start_line, pool.preamble, self.lines, length, self.body))
         self.outbox.put(connection.transport, request, self.core.open)
 
     def not_connected(self, reason: str) -> None:
         """Nothing was sent: the backend is down, another one may do it."""
         self.core.failed(self.ticket, reason)
-        backend = self.ticket.backend
-        if backend is not None:
-            backend.health.failed(self.clock())
+        self.core.leave(self.ticket, self.clock(), UNREACHABLE)
         self.elsewhere(None)
 
     def elsewhere(self, instead: Refusal | None) -> None:
-        """Try the next backend; without one, refuse: with `instead`, or as the routing says."""
+        """Try the next backend; without one, refuse: with `instead`, or as the routing says. To ask again what may be
+        worked on already is more load for those that are left, and has a budget.
+        """
+        ticket = self.ticket
+        self.sse, self.length, self.tail = False, -1, b""
         try:
+            if instead is not None and not self.core.router.may_retry(self.clock()):
+                raise instead
             self.start()
-            self.core.retried(self.ticket, "other_backend")
+            self.core.retried(ticket, "other_backend")
         except Refusal as refusal:
             self.refuse(instead or refusal)
 
     # from the backend -----------------------------------------------------------------------------------------------
     def reply_progress(self, connection: Connection) -> None:
         self.last = self.clock()
+        backend = self.ticket.backend
+        if backend is not None:
+            backend.last = self.last
         if self.head_sent:
             self.forward(connection)
             return
@@ -157,31 +240,58 @@ class Exchange:
     def head(self, connection: Connection, framing: bytes) -> bytes:
         self.head_sent = True
         status = connection.status
-        passed = passed_on(connection.headers, DROP_TO_CLIENT)
+        passed = self.passed(connection)
         if status == 503 and b"retry-after: " not in passed:
             framing += b"retry-after: 1\r\n"
         return b"".join((status_line(status), passed, framing, self.to.common_headers(self.ticket), b"\r\n"))
+
+    def passed(self, connection: Connection) -> bytes:
+        """The header lines of the reply that go to the client."""
+        known = connection.known
+        if known is None:
+            return passed_on(connection.headers, DROP_TO_CLIENT)
+        if not known.passed:
+            known.passed = passed_on(known.headers, DROP_TO_CLIENT)
+        return known.passed
 
     def whole(self, connection: Connection) -> None:
         """A complete reply in one write."""
         ticket = self.ticket
         status = connection.status
-        if status >= 400 and ticket.model is not None:
-            if status in (401, 403):  # about the gateway's key, which the client cannot mend
-                self.core.failed(ticket, "status")
-                self.release(connection)
-                message = "The engine refused the gateway's key"
-                self.refuse(Refusal(502, "upstream_refused", message, outcome="upstream_error"))
-                return
-            if status >= 500:
-                self.core.failed(ticket, "status")
         parts = connection.parts
         body = parts[0] if len(parts) == 1 else b"".join(parts)
+        if ticket.model is not None:
+            if status >= 400:
+                if self.not_passed_on(connection):
+                    return
+            elif ticket.meter is not None:
+                ticket.meter.reply(body)
         ticket.bytes_out = len(body)
-        self.core.first_byte(ticket, self.last)
+        self.core.first_byte(ticket, self.last, served=status < 400)
         framing = b"" if status in (204, 304) else b"content-length: %d\r\n" % len(body)
         self.to.write(self.head(connection, framing) + body)
         self.finish(connection, keep_alive=True)
+
+    def not_passed_on(self, connection: Connection) -> bool:
+        """Whether an engine's error is no answer for the client: it is not his to mend, or another engine may do it."""
+        ticket, status = self.ticket, connection.status
+        if status in (401, 403):  # about the gateway's key
+            self.core.failed(ticket, "status")
+            self.release(connection)
+            self.core.leave(ticket, self.last, BROKEN)
+            message = "The engine refused the gateway's key"
+            self.refuse(Refusal(502, "upstream_refused", message, outcome="upstream_error"))
+            return True
+        if status < 500:
+            return False
+        self.core.failed(ticket, "status")
+        if ticket.tries < MOST_TRIES and self.core.alternative(ticket, self.last):
+            self.release(connection)
+            self.core.leave(ticket, self.last, verdict_of(status))
+            message = "The engine could not answer"
+            self.elsewhere(Refusal(503, "upstream_failed", message, retry_after=1, outcome="upstream_error"))
+            return True
+        return False
 
     def forward(self, connection: Connection) -> None:
         """What one read brought of a stream or a long reply, framed anew, in one write; of a stream only whole events.
@@ -199,9 +309,9 @@ class Exchange:
             if data:
                 out = self.framed(data)
         if complete:
-            if self.tail:
-                out += self.framed(self.tail)
-                self.tail = b""
+            rest = self.rest()
+            if rest:
+                out += self.framed(rest)
             out += self.end_of_body()
         if not self.head_sent and (out or complete):
             if self.length >= 0:
@@ -220,10 +330,17 @@ class Exchange:
             data = self.tail + data
             self.tail = b""
         end = end_of_events(data)
-        if end == len(data):
-            return data
-        self.tail = data[end:]
-        return data[:end]
+        if end != len(data):
+            self.tail = data[end:]
+            data = data[:end]
+        meter = self.ticket.meter
+        return meter.stream(data) if meter is not None and data else data
+
+    def rest(self) -> bytes:
+        """What was held back of a stream that has ended."""
+        meter = self.ticket.meter
+        tail, self.tail = self.tail, b""
+        return meter.rest() + tail if meter is not None else tail
 
     def framed(self, data: bytes) -> bytes:
         """A piece of the body as it goes to the client."""
@@ -240,7 +357,9 @@ class Exchange:
         """The reply is complete."""
         status = connection.status
         self.release(connection)
-        self.end(status, "ok" if status < 400 else "error", keep_alive=keep_alive)
+        verdict = verdict_of(status)
+        if self.core.settle(self.ticket, self.clock(), status, "ok" if status < 400 else "error", verdict=verdict):
+            self.to.exchange_done(keep_alive)
 
     def release(self, connection: Connection) -> None:
         self.connection = None
@@ -248,10 +367,6 @@ class Exchange:
             connection.resume_reading()
         assert self.pool is not None
         self.pool.give_back(connection, self.last)
-
-    def end(self, status: int, outcome: str, *, keep_alive: bool, code: str = "") -> None:
-        if self.core.settle(self.ticket, self.clock(), status, outcome, code):
-            self.to.exchange_done(keep_alive)
 
     # failures -------------------------------------------------------------------------------------------------------
     def reply_lost(self, connection: Connection, reason: str) -> None:
@@ -265,33 +380,35 @@ class Exchange:
             self.connect(pool)
             return
         self.core.failed(self.ticket, reason)
-        if self.ticket.backend is not None:
-            self.ticket.backend.health.suspect(now)
         broken = Refusal(
             502, "upstream_failed", "The engine broke off before its answer was complete", outcome="upstream_error"
         )
-        if not self.head_sent and reason == "reset" and self.ticket.model is not None and len(self.ticket.tried) < 2:
-            self.sse, self.length, self.tail = False, -1, b""
+        if not self.head_sent and self.asking is not None and self.ticket.tries < MOST_TRIES:
+            self.core.leave(self.ticket, now, BROKEN)
             self.elsewhere(broken)
         else:
-            self.broken(broken)
+            self.broken(broken, verdict=BROKEN)
 
-    def broken(self, refusal: Refusal, code: str = "") -> None:
+    def broken(self, refusal: Refusal, code: str = "", verdict: int = NEUTRAL) -> None:
         """The reply will not be complete: an error if nothing went out, an error event in a stream, else the
         connection is cut.
         """
         if not self.head_sent:
+            if verdict != NEUTRAL:
+                self.core.leave(self.ticket, self.clock(), verdict)
             self.refuse(refusal)
             return
         self.drop()
+        keep_alive = self.sse and self.to.chunks
         if self.sse:
             self.tail = b""
-            event = stream_error(refusal.status, refusal.code, refusal.message)
+            event = self.rest() + stream_error(refusal.status, refusal.code, refusal.message)
             self.to.write(self.framed(event) + self.end_of_body())
-            self.end(200, refusal.outcome, keep_alive=self.to.chunks, code=code or str(refusal.status))
         else:
             self.to.abort()
-            self.end(200, refusal.outcome, keep_alive=False, code=code or str(refusal.status))
+        code = code or str(refusal.status)
+        if self.core.settle(self.ticket, self.clock(), 200, refusal.outcome, code, verdict):
+            self.to.exchange_done(keep_alive)
 
     def refuse(self, refusal: Refusal) -> None:
         self.drop()
@@ -340,25 +457,48 @@ class Exchange:
 
     def check(self, now: float) -> None:
         """Called several times a second: ends what takes too long."""
-        limits = self.limits
+        limits, ticket = self.limits, self.ticket
         if self.paused:
             if now - self.paused > limits.between_bytes:  # nobody reads
                 self.to.abort()
                 self.cancel()
+        elif ticket.deadline and now > ticket.deadline:
+            self.too_late("The request took longer than its client allows", NEUTRAL)
         elif self.connecting is not None:
             if now - self.last > limits.connect:
                 task, self.connecting = self.connecting, None
                 task.cancel()
                 self.not_connected("timeout")
-        elif self.ticket.state == SENT and now - self.last > limits.first_byte:
-            self.too_late("The engine has not begun to answer in time")
-        elif self.ticket.state == FIRST_BYTE and now - self.last > limits.between_bytes:
-            self.too_late("The engine has stopped answering")
-        elif now - self.ticket.started > limits.total:
-            self.too_late("The request took longer than is allowed")
+        elif ticket.state == SENT:
+            self.check_silence(now)
+        elif ticket.state == FIRST_BYTE and now - self.last > limits.between_bytes:
+            self.too_late("The engine has stopped answering", BROKEN)
+        elif now - ticket.started > limits.total:
+            self.too_late("The request took longer than is allowed", NEUTRAL)
 
-    def too_late(self, message: str) -> None:
+    def check_silence(self, now: float) -> None:
+        """Before the first byte."""
+        ticket, backend = self.ticket, self.ticket.backend
+        if now - self.last > self.limits.first_byte:
+            self.too_late("The engine has not begun to answer in time", BROKEN)
+        elif (
+            backend is not None
+            and backend.health.ejected
+            and ticket.tries < MOST_TRIES
+            and self.core.alternative(ticket, now)
+        ):  # it accepts requests and answers none
+            self.drop()
+            self.core.failed(ticket, "timeout")
+            self.core.leave(ticket, now, BROKEN)
+            self.elsewhere(None)
+
+    def too_late(self, message: str, verdict: int) -> None:
         self.core.failed(self.ticket, "timeout")
-        if self.ticket.backend is not None:
-            self.ticket.backend.health.suspect(self.clock())
-        self.broken(Refusal(504, "timeout", message, outcome="timeout"), "timeout")
+        self.broken(Refusal(504, "timeout", message, outcome="timeout"), "timeout", verdict)
+
+
+def verdict_of(status: int) -> int:
+    """What a reply's status says about the engine."""
+    if status < 400:
+        return SERVED
+    return BROKEN if (status >= 500 and status not in BUSY) or status in (401, 403) else NEUTRAL

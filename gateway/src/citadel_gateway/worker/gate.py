@@ -11,18 +11,23 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from citadel_gateway.core.catalogue import Backend, Key
-from citadel_gateway.core.core import Core, Ticket
-from citadel_gateway.core.health import Health
+from citadel_gateway.core.board import Board
+from citadel_gateway.core.catalogue import Backend, Model
+from citadel_gateway.core.core import Core, digest_of
+from citadel_gateway.core.keyring import Caller
+from citadel_gateway.core.limits import Limiter
+from citadel_gateway.core.ticket import Line, Ticket
 from citadel_gateway.errors import Refusal, method_not_allowed
+from citadel_gateway.keys import key_in_url
 from citadel_gateway.metrics import Metrics
+from citadel_gateway.records import Record
 from citadel_gateway.settings import Gateway
 from citadel_gateway.snapshot import Snapshot
-from citadel_gateway.worker.accesslog import Line
+from citadel_gateway.worker.asking import CAPABILITIES, Asking, hints_of
 from citadel_gateway.worker.exchange import Exchange
 from citadel_gateway.worker.headers import DROP_TO_CONTROL, DROP_TO_ENGINE, passed_on
 from citadel_gateway.worker.outbox import Outbox
-from citadel_gateway.worker.probe import probe
+from citadel_gateway.worker.probe import examine
 from citadel_gateway.worker.request import Request
 from citadel_gateway.worker.tunnel import Tunnel
 from citadel_gateway.worker.upstream import Pool
@@ -33,15 +38,22 @@ if TYPE_CHECKING:
 log = logging.getLogger("citadel_gateway")
 encode = msgspec.json.Encoder().encode
 
-MODEL_PATHS = {b"/v1/chat/completions": "chat", b"/v1/completions": "completions"}
+MODEL_PATHS = CAPABILITIES
+RESUMABLE = frozenset((b"/v1/chat/completions", b"/v1/completions"))
 LISTING, ONE_MODEL = b"/v1/models", b"/v1/models/"
 HEALTHZ, READYZ = b"/healthz", b"/readyz"
 HEALTH_PATHS = frozenset((HEALTHZ, READYZ))
 METHODS = frozenset((b"GET", b"POST", b"PUT", b"PATCH", b"DELETE", b"OPTIONS"))
+PUMP = 0.02
 RELAY_BODY = 1024 * 1024  # the control process asks for a key itself, so that little is held for it before it has
 JSON = b"content-type: application/json\r\n"
-ALLOW_HEADERS = b"authorization, content-type, x-request-id"
-EXPOSE_HEADERS = b"x-request-id, retry-after"
+START_LINES = {path: b"POST %b HTTP/1.1\r\n" % path for path in MODEL_PATHS}
+ALLOW_HEADERS = b"authorization, content-type, x-request-id, x-session-id, x-citadel-resumable, last-event-id"
+EXPOSE_HEADERS = (
+    b"x-request-id, retry-after, x-citadel-model, x-citadel-policy, x-citadel-resumable, last-event-id,"
+    b" x-ratelimit-limit-requests, x-ratelimit-remaining-requests, x-ratelimit-reset-requests,"
+    b" x-ratelimit-limit-tokens, x-ratelimit-remaining-tokens, x-ratelimit-reset-tokens"
+)
 
 
 class Gate:
@@ -50,12 +62,18 @@ class Gate:
     def __init__(
         self,
         settings: Gateway,
+        number: int,
         engine_key: str,
+        *,
         metrics: Metrics,
         record: Callable[[Line], None],
+        journal: Callable[[Record], None],
+        limiter: Limiter,
         clock: Callable[[], float],
         wall: Callable[[], float],
         loop: asyncio.AbstractEventLoop,
+        board: Board | None = None,
+        peer_key: str = "",
     ) -> None:
         self.settings = settings
         self.limits = settings.limits
@@ -63,21 +81,26 @@ class Gate:
         self.clock = clock
         self.loop = loop
         self.engine_key = engine_key
+        self.peer_key = peer_key
         self.core = Core(
-            probe_interval=settings.timeouts.probe_interval,
-            inflight_per_model=settings.limits.inflight_per_model,
+            settings,
+            number,
             metrics=metrics,
             record=record,
+            journal=journal,
+            limiter=limiter,
             wall=wall,
+            board=board,
         )
         self.outbox = Outbox(loop)
         self.stopping = False
         self.date_line = b""
         self.any_origin = "*" in settings.cors.allow_origins
         self.origins = frozenset(origin.encode() for origin in settings.cors.allow_origins)
-        self.control = Backend("control", 0, Health(settings.timeouts.probe_interval, 0.0))
-        self.control.pool = Pool(loop, "", 0, b"x-citadel-worker: 1\r\n", settings.control_socket)
+        self.worker_line = b"x-citadel-worker: %d\r\n" % number
+        self.control = Pool(loop, "", 0, self.worker_line, settings.control_socket)
         self.probes: set[asyncio.Task[None]] = set()
+        self.pumping = False
 
     def set_date(self, wall: float) -> None:
         self.date_line = b"date: %b\r\n" % formatdate(wall, usegmt=True).encode()
@@ -88,9 +111,28 @@ class Gate:
             backend.pool.close()
         for backend in self.core.catalogue.backends.values():
             if backend.pool is None:
-                host = f"[{backend.host}]" if ":" in backend.host else backend.host
-                preamble = f"host: {host}:{backend.port}\r\nauthorization: Bearer {self.engine_key}\r\n".encode()
-                backend.pool = Pool(self.loop, backend.host, backend.port, preamble)
+                backend.pool = Pool(self.loop, backend.host, backend.port, self.preamble(backend))
+
+    def preamble(self, backend: Backend) -> bytes:
+        """What every request to a backend begins with: an engine knows our key, another host's gateway our peer key."""
+        host = f"[{backend.host}]" if ":" in backend.host else backend.host
+        key, more = (self.peer_key, "x-citadel-peer: 1\r\n") if backend.gateway else (self.engine_key, "")
+        return f"host: {host}:{backend.port}\r\nauthorization: Bearer {key}\r\n{more}".encode()
+
+    def tick(self, now: float) -> None:
+        """Ten times a second."""
+        self.core.tick(now)
+        self.start_probes(now)
+        if self.core.gatekeeper.waiting and not self.pumping:
+            self.pump()
+
+    def pump(self) -> None:
+        """Fifty times a second as long as somebody waits: another worker may have given a slot back."""
+        keeper = self.core.gatekeeper
+        keeper.pump(self.clock())
+        self.pumping = keeper.waiting > 0
+        if self.pumping:
+            self.loop.call_later(PUMP, self.pump)
 
     # before the body has come ---------------------------------------------------------------------------------------
     def body_limit(self, request: Request) -> int:
@@ -109,7 +151,7 @@ class Gate:
         try:
             self.check_head(request)
             if request.path in MODEL_PATHS and request.method == b"POST":
-                self.core.authenticate(request.authorization)
+                self.caller(request)
         except Refusal as refusal:
             return refusal
         return self.too_large(request) if request.declared() > self.body_limit(request) else None
@@ -121,7 +163,7 @@ class Gate:
             raise Refusal(400, "bad_request", "HTTP/1.0 has no Transfer-Encoding", close=True)
         if request.expect and request.expect.lower() != b"100-continue":
             raise Refusal(417, "expectation_failed", "The only expectation that is met is 100-continue")
-        if request.query and b"key=" in request.query.lower() and self.is_own(request.path):
+        if request.query and key_in_url(request.target):
             raise Refusal(400, "key_in_url", "A key in the URL ends up in logs: send it as Authorization: Bearer KEY")
 
     # the complete request -------------------------------------------------------------------------------------------
@@ -156,60 +198,56 @@ class Gate:
             front.refuse(ticket, refusal)
         front.answered()
 
+    def caller(self, request: Request) -> Caller:
+        """Whose key it is. Raises 401 or 403. What is made of the header is kept with the head."""
+        if not request.digest:
+            authorization = request.authorization
+            if not authorization:  # Anthropic's clients
+                authorization = b"bearer " + dict(request.headers).get(b"x-api-key", b"")
+            request.digest = digest_of(authorization if authorization != b"bearer " else b"")
+        return self.core.known(request.digest)
+
     def generate(self, front: "Front", ticket: Ticket, request: Request) -> None:
         if request.method != b"POST":
             raise method_not_allowed(request.method.decode(), "POST")
-        key = self.core.authenticate(request.authorization)
-        ticket.key = key
+        ticket.key = key = self.caller(request)
+        ticket.asks = True
         kind = request.content_type
         if kind != b"application/json" and kind.partition(b";")[0].strip().lower() != b"application/json":
             raise Refusal(415, "unsupported_media_type", "The body must be JSON: send Content-Type: application/json")
-        body = self.core.admit(ticket, key, request.body())
-        lines = b"%bx-request-id: %b\r\ncontent-length: %d\r\n\r\n" % (
-            passed_on(request.headers, DROP_TO_ENGINE), ticket.request_id, len(body),
-        )  # fmt: skip
-        start_line = b"POST %b HTTP/1.1\r\n" % request.path
-        self.begin(front, ticket, self.route_to_model, start_line, lines, body)
+        hints = hints_of(request)
+        if hints.resumable and request.path in RESUMABLE:  # kept by the control process, which asks a worker itself
+            ticket.asks = False
+            ticket.endpoint = "other"
+            self.relay(front, ticket, request)
+            return
+        ticket.metered = not key.peer
+        core, now = self.core, ticket.started
+        asking = Asking(request.body(), ticket.endpoint)
+        replicated = not hints.session and core.router.replicated(asking.wanted.model)
+        asking.describe(ticket, hints, self.limits, core.router.routing.prefix_bytes if replicated else 0)
+        core.resolve(ticket, now)
+        if key.person.tokens_limited and ticket.metered:
+            assert ticket.model is not None
+            ticket.tokens = asking.reservation(ticket, ticket.model)
+        if not request.passed:
+            request.passed = passed_on(request.headers, DROP_TO_ENGINE)
+        lines = b"%bx-request-id: %b\r\n" % (request.passed, ticket.request_id)
+        front.exchange = exchange = Exchange(
+            core, self.clock, self.timeouts, self.outbox, ticket, front, START_LINES[request.path], lines, asking=asking
+        )
+        exchange.begin()
 
     def relay(self, front: "Front", ticket: Ticket, request: Request) -> None:
         if request.method not in METHODS:
             raise method_not_allowed(request.method.decode(), "GET, POST, PUT, PATCH, DELETE, OPTIONS")
-        body = request.body()
-        lines = b"%bcontent-length: %d\r\n\r\n" % (self.control_lines(front, ticket.request_id, request), len(body))
+        lines = self.control_lines(front, ticket.request_id, request)
         start_line = b"%b %b HTTP/1.1\r\n" % (request.method, request.target)
-        self.begin(front, ticket, self.route_to_control, start_line, lines, body)
-
-    def begin(
-        self,
-        front: "Front",
-        ticket: Ticket,
-        route: Callable[[Ticket], Pool],
-        start_line: bytes,
-        lines: bytes,
-        body: bytes,
-    ) -> None:
-        exchange = Exchange(
-            self.core, self.clock, self.timeouts, self.outbox, ticket, front, route, start_line, lines, body
-        )
-        front.exchange = exchange
-        exchange.start()
-
-    def route_to_model(self, ticket: Ticket) -> Pool:
-        pool: Pool = self.core.route(ticket).pool
-        return pool
-
-    def route_to_control(self, ticket: Ticket) -> Pool:
-        if ticket.tried:
-            raise Refusal(
-                503,
-                "control_unavailable",
-                "This part of the gateway is not available at the moment",
-                retry_after=2,
-                outcome="unavailable",
-            )
-        ticket.tried = (self.control,)
-        pool: Pool = self.control.pool
-        return pool
+        front.exchange = exchange = Exchange(
+            self.core, self.clock, self.timeouts, self.outbox, ticket, front, start_line, lines,
+            control=self.control, body=request.body(),
+        )  # fmt: skip
+        exchange.begin()
 
     def control_lines(self, front: "Front", request_id: bytes, request: Request) -> bytes:
         return b"%bx-forwarded-for: %b\r\nx-request-id: %b\r\n" % (
@@ -221,8 +259,9 @@ class Gate:
         """The request as the control process gets it, Upgrade and all."""
         ticket = self.receive(front, request)
         self.core.settle(ticket, self.clock(), 101, "tunnel")
-        return b"%b %b HTTP/1.1\r\nconnection: upgrade\r\nupgrade: %b\r\nx-citadel-worker: 1\r\n%b\r\n" % (
-            request.method, request.target, request.upgrade, self.control_lines(front, ticket.request_id, request),
+        return b"%b %b HTTP/1.1\r\nconnection: upgrade\r\nupgrade: %b\r\n%b%b\r\n" % (
+            request.method, request.target, request.upgrade, self.worker_line,
+            self.control_lines(front, ticket.request_id, request),
         )  # fmt: skip
 
     def open_tunnel(self, tunnel: Tunnel, failed: Callable[[], None]) -> None:
@@ -243,7 +282,7 @@ class Gate:
     # the worker's own answers ---------------------------------------------------------------------------------------
     def answer_health(self, front: "Front", path: bytes) -> None:
         """Neither counted nor logged: balancers ask every second."""
-        ticket = Ticket(b"", "other", path, front.peer, 0.0, 0)
+        ticket = Ticket(b"", b"", "other", path, front.peer, 0.0, 0.0, 0)
         states = [model.state() for model in self.core.catalogue.models.values()]
         counts = {state: states.count(state) for state in ("up", "down", "draining")}
         ready = path == HEALTHZ or (bool(counts["up"]) and not self.stopping)
@@ -254,23 +293,25 @@ class Gate:
     def list_models(self, front: "Front", ticket: Ticket, request: Request) -> None:
         if request.method != b"GET":
             raise method_not_allowed(request.method.decode(), "GET")
-        key = ticket.key = self.core.authenticate(request.authorization)
-        catalogue = self.core.catalogue
+        key = ticket.key = self.caller(request)
+        core, catalogue = self.core, self.core.catalogue
+        policies = core.policies(key)
         if request.path in (LISTING, ONE_MODEL):
-            visible = [self.describe(name) for name, model in catalogue.models.items() if key.may_use(model)]
+            visible = [self.describe(model) for model in catalogue.models.values() if core.visible(key, model)]
+            visible += [self.describe_policy(name, models) for name, models in policies.items()]
             front.answer(ticket, 200, JSON, encode({"object": "list", "data": visible}))
             return
         name = request.path[len(ONE_MODEL) :].decode("latin-1")
         found = catalogue.by_name.get(name)
-        if found is None or not self.visible(key, name):
+        if found is not None and core.visible(key, found):
+            front.answer(ticket, 200, JSON, encode(self.describe(found)))
+            return
+        if name not in policies:
             raise Refusal(404, "model_not_found", f"The model {name[:128]!r} does not exist", param="model")
-        front.answer(ticket, 200, JSON, encode(self.describe(found.name)))
+        front.answer(ticket, 200, JSON, encode(self.describe_policy(name, policies[name])))
 
-    def visible(self, key: Key, name: str) -> bool:
-        return key.may_use(self.core.catalogue.by_name[name])
-
-    def describe(self, name: str) -> dict[str, object]:
-        model = self.core.catalogue.models[name]
+    def describe(self, model: Model) -> dict[str, object]:
+        rate = self.core.router.prices.rate(model.name)
         return {
             "id": model.name,
             "object": "model",
@@ -280,6 +321,28 @@ class Gate:
             "aliases": model.aliases,
             "description": model.description,
             "state": model.state(),
+            "capabilities": model.capabilities,
+            "fallback": model.fallback,
+            "price": {
+                "currency": "USD",
+                "input_mtoken": rate.input_token * 1e6,
+                "output_mtoken": rate.output_token * 1e6,
+                "cached_mtoken": rate.cached_token * 1e6,
+                "engine_second": rate.second,
+            },
+        }
+
+    def describe_policy(self, name: str, models: tuple[Model, ...]) -> dict[str, object]:
+        """A policy is asked like a model; what answers is one of its models."""
+        states = {model.state() for model in models}
+        return {
+            "id": name,
+            "object": "model",
+            "created": self.core.catalogue.created,
+            "owned_by": "citadel",
+            "max_model_len": max((model.context for model in models), default=0),
+            "models": [model.name for model in models],
+            "state": next((state for state in ("up", "draining") if state in states), "down"),
         }
 
     # browsers -------------------------------------------------------------------------------------------------------
@@ -317,13 +380,14 @@ class Gate:
                 task.add_done_callback(self.probes.discard)
 
     async def probe(self, backend: Backend) -> None:
-        verdict = await probe(backend.host, backend.port, self.engine_key, self.timeouts.probe)
-        health = backend.health
-        change = {"up": health.healthy, "down": health.failed, "silent": health.unanswered}[verdict](self.clock())
-        if change:
-            log.warning("backend %s is %s", backend.label, "up" if health.up else "down")
+        found = await examine(backend, self.engine_key, self.peer_key, self.timeouts.probe, self.clock)
+        if found.changed:
+            log.warning("backend %s is %s", backend.label, "up" if backend.health.up else "down")
+        if found.generated and not backend.gateway:
+            self.core.note_probe(backend, found.input_tokens, found.output_tokens, found.seconds)
 
     def prune(self, now: float) -> None:
         """Close the upstream connections that nobody used for a while. Once a second."""
-        for backend in (self.control, *self.core.catalogue.backends.values()):
+        self.control.prune(now)
+        for backend in self.core.catalogue.backends.values():
             backend.pool.prune(now)

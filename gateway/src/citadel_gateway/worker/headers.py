@@ -19,12 +19,13 @@ HOP_BY_HOP = names(
 # never sent on to an engine: about this hop, or secrets of the client, or set by the gateway itself
 DROP_TO_ENGINE = HOP_BY_HOP | names(
     "host content-length authorization api-key x-api-key cookie expect accept-encoding x-request-id origin referer"
-    " forwarded x-forwarded-for x-forwarded-host x-forwarded-proto x-real-ip x-citadel-worker"
+    " forwarded x-forwarded-for x-forwarded-host x-forwarded-proto x-real-ip x-citadel-worker x-citadel-peer"
+    " x-citadel-resumable x-session-id x-tag x-use-case x-budget-usd x-language x-request-timeout"
 )
 
 # the control process asks for a key itself, so it gets the client's
 DROP_TO_CONTROL = HOP_BY_HOP | names(
-    "content-length expect x-request-id forwarded x-forwarded-for x-real-ip x-citadel-worker"
+    "content-length expect x-request-id forwarded x-forwarded-for x-real-ip x-citadel-worker x-citadel-peer"
 )
 
 DROP_TO_CLIENT = HOP_BY_HOP | names(

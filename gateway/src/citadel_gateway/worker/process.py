@@ -14,13 +14,17 @@ from typing import Any
 
 import uvicorn
 
-from citadel_gateway.metrics import Metrics, encode, read_report, write_atomically
-from citadel_gateway.settings import Gateway, engine_key
+from citadel_gateway.core.board import Board
+from citadel_gateway.core.limits import Limiter
+from citadel_gateway.metrics import Labels, Metrics, encode, read_report, write_atomically
+from citadel_gateway.settings import ConfigError, Gateway, engine_key
 from citadel_gateway.snapshot import Watcher
 from citadel_gateway.systemd import notify, watchdog_interval
 from citadel_gateway.worker.accesslog import AccessLog
 from citadel_gateway.worker.front import Front, bound_to
 from citadel_gateway.worker.gate import Gate
+from citadel_gateway.worker.journal import Journal
+from citadel_gateway.worker.redis import limit_store
 
 log = logging.getLogger("citadel_gateway")
 
@@ -42,6 +46,7 @@ class Worker:
         self.settings = settings
         self.number = number
         self.key = engine_key(settings)
+        self.peer_key = peer_key(settings)
         self.watcher = Watcher(settings)
         self.first = self.watcher.first()
         self.metrics = Metrics()
@@ -50,11 +55,22 @@ class Worker:
         if former is not None:
             self.metrics.add(former)
         self.log = AccessLog(settings.access_log, self.lost)
+        folder = Path(settings.journal.folder or Path(settings.state_dir) / "journal")
+        self.journal = Journal(folder, settings.host, number, settings.journal.segment_bytes, self.lost_records)
+        self.board = Board(Path(settings.run_dir), number, settings.workers)
         self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="files")
         self.writing: Future[int] | None = None
         self.alive_every = watchdog_interval()
         self.alive_next = 0.0
+        self.tending: Future[None] | None = None
         self.gate: Gate | None = None
+        self.limiter: Limiter | None = None
+
+    def lost_records(self, records: int) -> None:
+        self.metrics.count("llm_gateway_journal_lost_total", (), records)
+
+    def answered(self, seconds: float) -> None:
+        self.metrics.observe("llm_gateway_limit_store_seconds", seconds)
 
     def lost(self, lines: int) -> None:
         if lines:
@@ -62,8 +78,24 @@ class Worker:
 
     def make_gate(self) -> Gate:
         """On the running loop."""
-        loop = asyncio.get_running_loop()
-        gate = Gate(self.settings, self.key, self.metrics, self.log.record, time.monotonic, time.time, loop)
+        store = limit_store(self.settings, time.monotonic, time.time, self.answered)
+        name = f"{self.settings.host}-{self.journal.name}"  # of this process alone
+        on_failure = self.settings.redis.on_failure
+        self.limiter = limiter = Limiter(store, name, time.monotonic, time.time, on_failure=on_failure)
+        gate = Gate(
+            self.settings,
+            self.number,
+            self.key,
+            metrics=self.metrics,
+            record=self.log.record,
+            journal=self.journal.append,
+            limiter=limiter,
+            clock=time.monotonic,
+            wall=time.time,
+            loop=asyncio.get_running_loop(),
+            board=self.board,
+            peer_key=self.peer_key,
+        )
         gate.set_date(time.time())
         gate.apply(self.first)
         self.gate = gate
@@ -76,7 +108,8 @@ class Worker:
         now = gate.clock()
         for front in tuple(fronts):
             front.tick(now)
-        gate.start_probes(now)
+        gate.tick(now)
+        self.journal.tick()
         self.write_log()
         if counter % 5 == 0:
             snapshot = self.watcher.changed()
@@ -85,14 +118,24 @@ class Worker:
         if counter % 10 == 0:
             gate.set_date(time.time())
             gate.prune(now)
-            self.thread.submit(write_atomically, self.report_path, self.report(len(fronts)))
+            gate.core.note_progress(now)
+            self.write_report(len(fronts))
+            if self.tending is None or self.tending.done():
+                self.tending = self.thread.submit(self.journal.tend)
         if self.alive_every and now >= self.alive_next:
             self.alive_next = now + self.alive_every
             notify("WATCHDOG=1")
 
+    def write_report(self, connections: int) -> None:
+        self.thread.submit(write_atomically, self.report_path, self.report(connections))
+
     def report(self, connections: int) -> bytes:
         assert self.gate is not None
-        return encode(self.metrics.report(self.number, self.gate.core.gauges(connections), time.time()))
+        assert self.limiter is not None
+        gauges: dict[str, dict[Labels, float]] = self.gate.core.gauges(connections)
+        gauges["llm_gateway_limit_store_up"] = {(): float(self.limiter.store.up)}
+        gauges["llm_gateway_worker_stopping"] = {(): float(self.gate.stopping)}
+        return encode(self.metrics.report(self.number, gauges, time.time()))
 
     def write_log(self) -> None:
         """Hand the waiting lines to the thread; one block at a time, so that a slow disk holds up nothing here."""
@@ -106,8 +149,12 @@ class Worker:
             self.writing = self.thread.submit(self.log.write, data)
 
     def close(self) -> None:
-        """The last lines and the last figures."""
+        """The last lines, the last records and the last figures; what is held of limits goes back."""
+        if self.limiter is not None:
+            self.limiter.close()
         self.thread.shutdown(wait=True)
+        self.journal.close()
+        self.board.close()
         if self.writing is not None:
             self.lost(self.writing.result())
         self.lost(self.log.write(self.log.take()))
@@ -158,6 +205,7 @@ class WorkerServer(uvicorn.Server):
         assert gate is not None
         notify("STOPPING=1", "STATUS=draining")
         gate.stopping = True
+        self.worker.write_report(len(self.server_state.connections))
         for server in self.servers:
             server.close()
         for listener in sockets or []:
@@ -184,6 +232,16 @@ class WorkerServer(uvicorn.Server):
             task.cancel()
         self.worker.close()
         log.info("worker %d has ended", self.worker.number)
+
+
+def peer_key(settings: Gateway) -> str:
+    """What this gateway shows to those of other hosts; empty when there are none."""
+    if not settings.peer_key_file:
+        return ""
+    try:
+        return Path(settings.peer_key_file).read_text(encoding="ascii").strip()
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{settings.peer_key_file}: the peer key cannot be read: {error}") from None
 
 
 def run_worker(settings: Gateway, number: int, listeners: list[socket.socket]) -> int:

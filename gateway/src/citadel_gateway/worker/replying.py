@@ -8,7 +8,7 @@ from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
-from citadel_gateway.core.core import Ticket
+from citadel_gateway.core.ticket import Ticket
 from citadel_gateway.errors import Refusal
 from citadel_gateway.worker.headers import status_line
 from citadel_gateway.worker.request import Request
@@ -59,6 +59,8 @@ class Replying(HttpToolsProtocol):
         lines = gate.date_line
         if ticket.request_id:  # a health answer has none
             lines += b"x-request-id: %b\r\n" % ticket.request_id
+        if ticket.lines:
+            lines += ticket.lines
         if request is not None and request.origin:
             lines += gate.cors_lines(request.origin)
         if gate.stopping or request is None or not request.keep_alive:

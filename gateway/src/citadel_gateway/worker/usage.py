@@ -12,6 +12,8 @@ from typing import Literal
 import msgspec
 from msgspec import Raw, Struct
 
+from citadel_gateway.core.ticket import Used
+
 Ask = Literal["nothing", "total", "all"]  # what the client itself wants to see: nothing, the last event, every event
 
 NAME = b'"usage"'
@@ -55,15 +57,6 @@ decode = msgspec.json.Decoder(Figures).decode
 decode_options = msgspec.json.Decoder(Options | None).decode
 decode_members = msgspec.json.Decoder(dict[str, Raw]).decode
 encode = msgspec.json.Encoder().encode
-
-
-class Used(Struct, frozen=True, gc=False):
-    """`exact`: said by the engine about the whole request, not counted on the way."""
-
-    input: int = 0
-    output: int = 0
-    cached: int = 0
-    exact: bool = False
 
 
 def asked(options: bytes) -> Ask | None:
