@@ -11,7 +11,10 @@ from citadel_gateway.cli.main import main
 
 from gateway.tests.site import Site
 
-COMMANDS = ("worker", "control", "serve", "check-config", "hash-key", "drain", "resume")
+COMMANDS = (
+    "worker", "control", "serve", "check-config", "hash-key", "drain", "resume", "users", "keys", "tiers", "policies",
+    "overrides", "audit",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])
@@ -69,6 +72,15 @@ def test_a_configuration_that_cannot_be_used_is_status_78(
     site.config["run_dir"] = "relative"
     assert main([*command, "--config", str(site.write())]) == 78
     assert "not an absolute path" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["worker", "1"], ["control"]])
+def test_several_workers_do_not_count_limits_each_for_itself(
+    site: Site, command: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    site.policies = {"tiers": [{"name": "free", "requests_per_minute": 5}]}
+    assert main([*command, "--config", str(site.write())]) == 78
+    assert "counted in memory: one worker, or set redis.url" in capsys.readouterr().err
 
 
 def test_a_worker_needs_a_socket(site: Site, capsys: pytest.CaptureFixture[str]) -> None:

@@ -58,6 +58,33 @@ def test_what_the_types_cannot_say(site: Site) -> None:
     assert len(found.splitlines()) == 9
 
 
+def test_users_tiers_and_where_limits_are_counted(site: Site) -> None:
+    site.model("one", 1)
+    site.users = [{"id": "ann", "tier": "gold"}, {"id": "ann"}]
+    site.policies = {"tiers": [{"name": "free", "tokens_per_day": 5}, {"name": "staff"}]}
+    path = site.write()
+    assert problems(path) == [
+        f"{site.config['keys_file']}: the user 'ann' is there 2 times",
+        f"{site.config['keys_file']}: user 'ann' has the tier 'gold', which is not in the policies",
+        f"{path}: tier 'free' has limits, which are counted in memory: one worker, or set redis.url",
+    ]
+    site.users = []
+    site.config["workers"] = 1
+    assert problems(site.write()) == []
+    site.config |= {"workers": 2, "redis": {"url": "redis://gateway@127.0.0.1:6379/0"}}
+    assert problems(site.write()) == []
+
+
+def test_a_server_of_several_models(site: Site) -> None:
+    for name in ("one", "two"):
+        site.model(name, 1)
+    assert "belongs to both" in problems(site.write())[0]
+    for field in ("shared", "gateway"):
+        for model in site.models:
+            model["backends"] = [{"host": "127.0.0.1", "port": 1, field: True}]
+        assert problems(site.write()) == []
+
+
 def test_each_file_is_looked_at(site: Site) -> None:
     path = site.write()
     Path(site.config["models_file"]).write_text("{")
@@ -72,7 +99,9 @@ def test_each_file_is_looked_at(site: Site) -> None:
     ("kind", "value"),
     [
         (Models, {"models": [{"name": "a b", "backends": [{"host": "h", "port": 1}]}]}),
+        (Models, {"models": [{"name": "a\n", "backends": [{"host": "h", "port": 1}]}]}),
         (Models, {"models": [{"name": "a", "backends": []}]}),
+        (Models, {"models": [{"name": "a", "backends": [{"host": "h", "port": 1, "health": "/a b"}]}]}),
         (Keys, {"keys": [{"id": "a", "sha256": "short"}]}),
         (Keys, {"keys": [{"id": "a", "sha256": "0" * 64, "scopes": ["root"]}]}),
     ],
