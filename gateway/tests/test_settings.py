@@ -82,7 +82,29 @@ def test_a_server_of_several_models(site: Site) -> None:
     for field in ("shared", "gateway"):
         for model in site.models:
             model["backends"] = [{"host": "127.0.0.1", "port": 1, field: True}]
+        site.config["peer_key_file"] = "/peer"
         assert problems(site.write()) == []
+    site.config["peer_key_file"] = ""
+    assert "peer_key_file: needed" in problems(site.write())[0]
+
+
+@pytest.mark.parametrize(
+    ("section", "url", "said"),
+    [
+        ("redis", "http://h", "redis.url: must begin with redis://"),
+        ("redis", "redis://u:secret@h:1/0", "redis.url: holds a password"),
+        ("database", "mysql://h", "database.url: must begin with postgresql"),
+        ("database", "postgresql+psycopg://u:secret@h/n", "database.password_file"),
+        ("redis", "unix://u@/run/redis.sock?db=0", ""),
+        ("database", "postgresql+psycopg://u@[::1]:5433/n", ""),
+    ],
+)
+def test_where_things_are_kept(site: Site, section: str, url: str, said: str) -> None:
+    site.config[section] = {"url": url}
+    found = problems(site.write())
+    assert bool(found) == bool(said)
+    assert said in "".join(found)
+    assert "secret" not in "".join(found)
 
 
 def test_each_file_is_looked_at(site: Site) -> None:

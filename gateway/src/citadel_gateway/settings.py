@@ -339,6 +339,15 @@ def gateway_problems(gateway: Gateway, path: str) -> list[str]:
         for field in ("control_socket", "run_dir", "state_dir", "models_file", "keys_file")
         if not Path(value := getattr(gateway, field)).is_absolute()
     ]
+    for field, url, schemes in (
+        ("redis.url", gateway.redis.url, ("redis", "rediss", "unix")),
+        ("database.url", gateway.database.url, ("postgresql+psycopg", "postgresql", "sqlite")),
+    ):
+        scheme, _, rest = url.partition("://")
+        if url and scheme not in schemes:
+            found.append(f"{path}: {field}: must begin with {' or '.join(f'{name}://' for name in schemes)}")
+        elif ":" in rest.rpartition("@")[0]:
+            found.append(f"{path}: {field}: holds a password; put it into a file ({field[:-3]}password_file)")
     if len(gateway.control_socket.encode()) > 107:
         found.append(f"{path}: control_socket: longer than the 107 bytes a Unix socket's path may have")
     return found
@@ -436,6 +445,8 @@ def problems(path: str | Path) -> list[str]:
     try:
         models = read(gateway.models_file, Models)
         found += model_problems(models, gateway.models_file)
+        if not gateway.peer_key_file and any(one.gateway for model in models.models for one in model.backends):
+            found.append(f"{path}: peer_key_file: needed, because a backend is the gateway of another host")
     except ConfigError as error:
         found += error.lines
     try:
@@ -443,8 +454,8 @@ def problems(path: str | Path) -> list[str]:
         found += key_problems(keys, models, gateway.keys_file)
         policies = read_policies(gateway)
         found += policy_problems(policies, models, gateway.policies_file)
-        found += counting_problems(gateway, policies, str(path))
         found += user_problems(keys, policies, gateway.keys_file)
+        found += counting_problems(gateway, policies, str(path))
     except ConfigError as error:
         found += error.lines
     return found
