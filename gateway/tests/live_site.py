@@ -4,10 +4,12 @@ import asyncio
 import json
 from typing import Any, Self
 
+import pytest
 from citadel_gateway.control.app import ControlServer, make_app
 from citadel_gateway.control.state import State
 from citadel_gateway.settings import Gateway
 from websockets.asyncio.client import ClientConnection, connect
+from websockets.exceptions import ConnectionClosed
 
 from gateway.tests import fake_engine
 from gateway.tests.client import KEY, Wire, until
@@ -73,6 +75,19 @@ async def said(socket: ClientConnection) -> dict[str, Any]:
 
 async def say(socket: ClientConnection, **message: Any) -> None:
     await socket.send(json.dumps(message))
+
+
+async def drained(socket: ClientConnection) -> None:
+    while True:
+        await asyncio.wait_for(socket.recv(), 10)
+
+
+async def closed(socket: ClientConnection) -> tuple[int, str]:
+    with pytest.raises(ConnectionClosed) as caught:
+        await drained(socket)
+    frame = caught.value.rcvd
+    assert frame is not None
+    return frame.code, frame.reason
 
 
 class Events:

@@ -13,7 +13,7 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from gateway.tests.client import ADMIN, KEY, get, until
 from gateway.tests.fake_engine import FakeEngine, event_bytes
-from gateway.tests.live_site import LiveSite, said, say
+from gateway.tests.live_site import LiveSite, closed, drained, said, say
 
 BODY = {"model": "one", "messages": [{"role": "user", "content": "Say a word"}]}
 STREAM = {**BODY, "stream": True}
@@ -43,19 +43,6 @@ async def refused(live: LiveSite, **more: Any) -> tuple[int, str]:
             pass
     response = caught.value.response
     return response.status_code, json.loads(response.body)["error"]["code"]
-
-
-async def drained(socket: ClientConnection) -> None:
-    while True:
-        await asyncio.wait_for(socket.recv(), 10)
-
-
-async def closed(socket: ClientConnection) -> tuple[int, str]:
-    with pytest.raises(ConnectionClosed) as caught:
-        await drained(socket)
-    frame = caught.value.rcvd
-    assert frame is not None
-    return frame.code, frame.reason
 
 
 async def test_a_whole_reply(socket: ClientConnection, engine: FakeEngine) -> None:

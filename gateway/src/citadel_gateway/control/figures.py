@@ -158,6 +158,7 @@ class Maker:
         """The curves, oldest first, as lists of points."""
         return {
             "seconds": POINT_SECONDS,
+            "points": POINTS,
             "fields": [*SHOWN, "first_token_p95"],
             "models": {name: list(points) for name, points in self.points.items()},
         }
