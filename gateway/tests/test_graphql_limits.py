@@ -33,10 +33,10 @@ def refusal(query: str, **variables: Any) -> str:
     ("query", "cost"),
     [
         ("{ me { name } }", 2),
-        ("{ people { name } }", 1 + 20),
+        ("{ people { name } }", 1 + 5),
         ("{ people(first: 100) { name tags } }", 1 + 100 * 2),
-        ("{ me { friends { name } } }", 1 + 1 + 20),
-        ("{ me { pets { name } } }", 1 + 1 + 20),
+        ("{ me { friends { name } } }", 1 + 1 + 5),
+        ("{ me { pets { name } } }", 1 + 1 + 5),
         ("query ($n: Int) { people(first: $n) { name } }", 1 + 7),
         ("query ($k: Int = 9) { people(first: $k) { name } }", 1 + 9),
         ("{ people(first: -3) { name } }", 2),

@@ -15,7 +15,7 @@ SWEEP_SECONDS = 60.0
 
 @asynccontextmanager
 async def lifespan(state: State) -> AsyncIterator[None]:
-    """`state.parts["gauges"]` is what the page of metrics shows of the database."""
+    """Adds to the page of metrics, and ends conversations now and then."""
     host = state.settings.host
 
     def policies() -> Policies:
@@ -27,7 +27,8 @@ async def lifespan(state: State) -> AsyncIterator[None]:
         except DatabaseAwayError:
             return  # said by the database, once; they end later
 
-    gauges = state.parts["gauges"] = Gauges(state.database, host, policies)
+    gauges = Gauges(state.database, host, policies)
+    state.pages.append(gauges.page)
     state.every(SWEEP_SECONDS, end_conversations)
     yield
     gauges.close()

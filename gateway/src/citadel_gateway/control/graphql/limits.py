@@ -29,11 +29,13 @@ from graphql import (
 )
 
 MOST_ROWS = 200  # that one list may be asked for
+NODES = "nodes"  # of a page, whose own `first` has counted them
+WEIGHTS = {"chatCompletion": 500, "createKey": 500}  # fields that cost more than a look
 
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """`cost`: one for each field, times the rows of the lists around it. `depth`: fields inside fields."""
+    """`cost`: one for each field or its weight, times the rows of the lists around it. `depth`: fields in fields."""
 
     tokens: int = 2000
     depth: int = 10
@@ -43,7 +45,7 @@ class Bounds:
     directives: int = 25
     fragments: int = 30
     operations: int = 10
-    rows: int = 20  # of a list that takes no `first`
+    rows: int = 5  # of a list that takes no `first`
 
 
 BOUNDS = Bounds()
@@ -152,12 +154,12 @@ class Measure:
         size.depth += 1
         size.fields += 1
         size.aliases += node.alias is not None
-        size.cost = 1 + size.cost * self.rows(node, definition)
+        size.cost = WEIGHTS.get(name, 1) + size.cost * self.rows(node, definition)
         return size
 
     def rows(self, node: FieldNode, definition: GraphQLField | None) -> int:
         """How many rows the field may give: what `first` says, else what a list gives without being asked."""
-        if definition is None:
+        if definition is None or node.name.value == NODES:
             return 1
         argument = definition.args.get("first")
         if argument is not None:
