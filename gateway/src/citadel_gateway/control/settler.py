@@ -39,7 +39,7 @@ Subscriber = Callable[[Sequence[Settled]], None]
 class Books(Protocol):
     """What the limiter must be told of a request that its worker could not settle."""
 
-    def settle_lost(self, user: str, tokens: int, at: float, id: str) -> None: ...  # noqa: A002  # as Books names it
+    def settle_lost(self, user: str, tokens: int, at: float, id: str) -> object: ...  # noqa: A002  # as Books names it
 
 
 class Live(NamedTuple):
@@ -110,7 +110,10 @@ class Settler:
         return {
             "llm_gateway_journal_lag_seconds": self.clock() - self.caught_up,
             "llm_gateway_journal_open_requests": float(len(self.live)),
-            **{f"llm_gateway_journal_{name}_total": float(value) for name, value in self.counts.items()},
+            "llm_gateway_journal_settled_total": float(self.counts["settled"]),
+            "llm_gateway_journal_damaged_total": float(self.counts["damaged"]),
+            "llm_gateway_journal_lost_requests_total": float(self.counts["lost"]),
+            "llm_gateway_journal_rejected_total": float(self.counts["rejected"]),
         }
 
     def find(self, name: str) -> Settled | Live | None:
@@ -397,7 +400,7 @@ class Settler:
             try:
                 if self.books is not None:
                     used = record.input_tokens + record.output_tokens
-                    self.books.settle_lost(record.user, used, record.at, record.id)
+                    self.books.settle_lost(record.user, used, record.at + record.total_seconds, record.id)
             except Exception as error:
                 if tries + 1 < TELL_TRIES:
                     self.untold.append((record, tries + 1, now + TELL_EVERY))
