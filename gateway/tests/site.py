@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import uvicorn
+from citadel_gateway.records import Opened, Record, Settled, decode
 from citadel_gateway.settings import Gateway, read
 from citadel_gateway.worker.exchange import Exchange
 from citadel_gateway.worker.front import Front, bound_to
@@ -59,16 +60,16 @@ class Site:
         self.models.append({"name": name, "backends": backends, **more})
 
     def write(self) -> Path:
-        files = {
-            "gateway": self.config,
-            "models": {"models": self.models},
-            "keys": {"keys": self.keys, "users": self.users},
-        }
         if self.policies is not None:
             self.config["policies_file"] = str(self.folder / "policies.json")
-            files["policies"] = self.policies
-        for name, value in files.items():
-            (self.folder / f"{name}.json").write_text(json.dumps(value))
+        for name, value in (
+            ("gateway", self.config),
+            ("models", {"models": self.models}),
+            ("keys", {"keys": self.keys, "users": self.users}),
+            ("policies", self.policies),
+        ):
+            if value is not None:
+                (self.folder / f"{name}.json").write_text(json.dumps(value))
         return self.folder / "gateway.json"
 
     def spoil(self, name: str) -> None:
@@ -85,6 +86,27 @@ class Site:
 
     def log(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in self.log_text().splitlines()]
+
+    def tier(self, name: str, key: str, **limits: Any) -> None:
+        """A tier with one user and one key."""
+        self.policies = self.policies or {"tiers": [{"name": "free"}]}
+        self.policies["tiers"].append({"name": name, **limits})
+        self.users.append({"id": f"{name}-user", "tier": name})
+        self.keys.append({"id": f"{name}-key", "sha256": digest(key), "user": f"{name}-user"})
+
+    def records(self) -> list[Record]:
+        """What all workers have noted in their journals."""
+        found: list[Record] = []
+        for path in sorted((self.folder / "state" / "journal").glob("*.jsonl")):
+            data = path.read_bytes().partition(b"\0")[0]
+            found += [decode(line) for line in data[: data.rfind(b"\n") + 1].splitlines()]
+        return found
+
+    def settled(self) -> list[Settled]:
+        """The settled requests; each once, whatever has happened."""
+        found = [record for record in self.records() if isinstance(record, Settled)]
+        assert len({record.id for record in found}) == len(found)
+        return found
 
 
 class Running:
@@ -135,6 +157,15 @@ class Running:
         for model in core.catalogue.models.values():
             assert model.inflight == 0
             assert [backend.inflight for backend in model.backends] == [0] * len(model.backends)
+            assert [backend.tokens for backend in model.backends] == [0] * len(model.backends)
+            assert core.gatekeeper.queued(model) == 0
+        assert not core.running
+        opened = {record.id for record in self.site.records() if isinstance(record, Opened)}
+        assert opened <= {record.id for record in self.site.settled()}
+        for person in core.keys.people.values():
+            account = person.account
+            if account is not None and not account.free:
+                assert (account.open_slots, account.open_tokens) == (0, 0), person.id
 
 
 def free_port() -> int:

@@ -86,6 +86,8 @@ class Core:
         """New models, keys, policies and drain states; the backends that are gone."""
         self.keys = KeyRing(snapshot)
         gone = self.catalogue.apply(snapshot, now)
+        for model in self.catalogue.models.values():
+            model.wire_name = b"x-citadel-model: %b\r\n" % model.name.encode()
         self.router.apply(snapshot, now)
         self.gatekeeper.apply(self.catalogue, now)
         return gone
@@ -142,7 +144,10 @@ class Core:
         assert query is not None
         ticket.model = self.catalogue.by_name.get(query.asked)
         ticket.models = self.router.resolve(query, now)
-        ticket.model = ticket.models[0]
+        ticket.model = chosen = ticket.models[0]
+        if query.preferred and query.preferred != chosen.name:
+            ticket.fallback_from = query.preferred
+            self.metrics.count("llm_gateway_fallbacks_total", (query.preferred, chosen.name))
 
     def reserve(
         self, ticket: Ticket, now: float, done: Callable[[Reservation | Denied], None]
@@ -338,6 +343,15 @@ class Core:
     def retried(self, ticket: Ticket, reason: str) -> None:
         model = ticket.model.name if ticket.model is not None else "other"
         self.metrics.count("llm_gateway_retries_total", (model, reason))
+
+    def decision_lines(self, ticket: Ticket) -> bytes:
+        """The header lines that say who answers, and by which policy."""
+        model, query = ticket.model, ticket.query
+        assert model is not None
+        assert query is not None
+        if query.policy:
+            return b"%bx-citadel-policy: %b\r\n" % (model.wire_name, query.policy.encode())
+        return model.wire_name
 
     # the end --------------------------------------------------------------------------------------------------------
     def settle(

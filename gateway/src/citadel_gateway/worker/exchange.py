@@ -16,7 +16,7 @@ from citadel_gateway.core.ticket import FIRST_BYTE, SENT, Ticket
 from citadel_gateway.errors import Refusal, stream_error
 from citadel_gateway.settings import Timeouts
 from citadel_gateway.worker.asking import Asking
-from citadel_gateway.worker.headers import DROP_TO_CLIENT, passed_on, status_line
+from citadel_gateway.worker.headers import DROP_FROM_ENGINE, DROP_TO_CLIENT, passed_on, status_line
 from citadel_gateway.worker.outbox import Outbox
 from citadel_gateway.worker.sse import end_of_events
 from citadel_gateway.worker.upstream import Connection, Pool
@@ -243,15 +243,18 @@ class Exchange:
         passed = self.passed(connection)
         if status == 503 and b"retry-after: " not in passed:
             framing += b"retry-after: 1\r\n"
+        if self.asking is not None:
+            framing += self.core.decision_lines(self.ticket)
         return b"".join((status_line(status), passed, framing, self.to.common_headers(self.ticket), b"\r\n"))
 
     def passed(self, connection: Connection) -> bytes:
         """The header lines of the reply that go to the client."""
         known = connection.known
+        drop = DROP_TO_CLIENT if self.asking is None else DROP_FROM_ENGINE
         if known is None:
-            return passed_on(connection.headers, DROP_TO_CLIENT)
+            return passed_on(connection.headers, drop)
         if not known.passed:
-            known.passed = passed_on(known.headers, DROP_TO_CLIENT)
+            known.passed = passed_on(known.headers, drop)
         return known.passed
 
     def whole(self, connection: Connection) -> None:

@@ -33,6 +33,12 @@ DROP_TO_CLIENT = HOP_BY_HOP | names(
     " access-control-expose-headers"
 )
 
+# what another host's gateway says of its own; we say it ourselves
+DROP_FROM_ENGINE = DROP_TO_CLIENT | names(
+    "x-citadel-model x-citadel-policy x-ratelimit-limit-requests x-ratelimit-remaining-requests"
+    " x-ratelimit-reset-requests x-ratelimit-limit-tokens x-ratelimit-remaining-tokens x-ratelimit-reset-tokens"
+)
+
 
 def _line(status: int) -> bytes:
     try:
