@@ -5,12 +5,11 @@ from typing import Any
 
 import pytest
 from citadel_gateway.core.board import Board
-from citadel_gateway.core.catalogue import Backend, Catalogue, KeyRing, PeakEwma
+from citadel_gateway.core.catalogue import Backend, Catalogue, Key, PeakEwma
 from citadel_gateway.core.health import NEUTRAL, SERVED, Health
-from citadel_gateway.settings import Address, Key, Model, Policies, Routing
+from citadel_gateway.settings import Address, Model, Policies, Routing
+from citadel_gateway.settings import Key as KeyEntry
 from citadel_gateway.snapshot import Snapshot
-
-from gateway.tests.site import digest
 
 
 def snapshot(*models: Model, draining: dict[str, list[str]] | None = None) -> Snapshot:
@@ -48,17 +47,14 @@ def test_backends_that_are_gone_are_named() -> None:
 
 
 def test_a_key_may_use_what_it_names() -> None:
-    ring = KeyRing((Key("k", digest("s"), models=("x",)), Key("all", digest("t"), scopes=("metrics",))))
     found = Catalogue(5.0)
     found.apply(snapshot(Model("a", (Address("h", 1),), aliases=("x",)), Model("b", (Address("h", 2),))), 0.0)
-    key, everything = ring.find(b"s"), ring.find(b"t")
-    assert key is not None
-    assert everything is not None
+    key = Key(KeyEntry("k", "0" * 64, models=("x",)))
+    everything = Key(KeyEntry("all", "0" * 64, scopes=("metrics",)))
     assert key.may_use(found.models["a"])
     assert not key.may_use(found.models["b"])
     assert everything.may_use(found.models["b"])
     assert (key.inference, everything.inference) == (True, False)
-    assert ring.find(b"u") is None
 
 
 def test_a_replica_keeps_its_state_when_its_weight_changes() -> None:
@@ -84,6 +80,16 @@ def test_another_hosts_gateway_is_a_backend_of_each_model() -> None:
     assert (one.gateway, one.model, two.model, one.label) == (True, "a", "b", "h2:8000")
     one.health.failed(1.0)
     assert two.health.up
+    assert one.row is not two.row
+
+
+def test_a_server_of_several_models_is_a_backend_of_each() -> None:
+    found = Catalogue(5.0)
+    there = Address("h", 11434, shared=True, health="/v1/models")
+    found.apply(snapshot(Model("a", (there,)), Model("b", (there,))), 0.0)
+    one, two = found.models["a"].backends[0], found.models["b"].backends[0]
+    assert (one.model, two.model, one.path, one.label) == ("a", "b", "/v1/models", "h:11434")
+    assert found.apply(snapshot(Model("a", (there,))), 1.0) == [two]
 
 
 # what is measured -----------------------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 new one.
 """
 
-import hashlib
 from math import exp
 from typing import Any
 
@@ -55,7 +54,7 @@ class Backend:
 
     __slots__ = (
         "busy", "capabilities", "first", "gateway", "health", "host", "idle", "inflight", "label", "last", "made",
-        "model", "per_token", "pool", "port", "row", "seed", "spent", "stamp", "tokens", "weight",
+        "model", "path", "per_token", "pool", "port", "row", "seed", "spent", "stamp", "tokens", "weight",
     )  # fmt: skip
 
     def __init__(
@@ -67,6 +66,7 @@ class Backend:
         board: Board | None = None,
         model: str = "",
         gateway: bool = False,
+        name: str = "",
     ) -> None:
         self.host = host
         self.port = port
@@ -74,13 +74,13 @@ class Backend:
         self.health = health
         self.model = model
         self.gateway = gateway
+        self.path = "/health"  # where it says whether it is well
         self.capabilities: tuple[Capability, ...] = ()
         self.weight = 1.0
         self.inflight = 0
         self.tokens = 0  # of the requests in flight: their prompts and what they may generate
         self.pool: Any = None
-        name = f"{model} {self.label}" if gateway else self.label
-        self.row = (board or Board()).row(name)
+        self.row = (board or Board()).row(name or self.label)
         self.seed = self.row.key & 0xFFFFFFFFFFFFFFFF  # the same in all workers and hosts
         self.last = 0.0  # when it last sent a byte
         self.idle = 0.0  # until when it last had nothing to do
@@ -228,16 +228,6 @@ class Key:
         return self.everything or model.name in self.models or not self.models.isdisjoint(model.aliases)
 
 
-class KeyRing:
-    """Only hashes are kept, and a look-up by the hash of what was sent tells nothing about the others."""
-
-    def __init__(self, entries: tuple[KeyEntry, ...] = ()) -> None:
-        self.by_digest = {bytes.fromhex(entry.sha256): Key(entry) for entry in entries}
-
-    def find(self, token: bytes) -> Key | None:
-        return self.by_digest.get(hashlib.sha256(token).digest())
-
-
 class Catalogue:
     """The models by name and by alias."""
 
@@ -286,9 +276,16 @@ class Catalogue:
                 if not new:
                     health.since = now
                 backend = Backend(
-                    address.host, address.port, health, board=self.board, model=entry.name, gateway=address.gateway
+                    address.host,
+                    address.port,
+                    health,
+                    board=self.board,
+                    model=entry.name,
+                    gateway=address.gateway,
+                    name=name,
                 )
             backend.weight = address.weight
+            backend.path = address.health
             backend.model = entry.name
             backend.capabilities = entry.capabilities
             backend.health.routing = self.routing
@@ -299,8 +296,8 @@ class Catalogue:
 
 
 def identity(model: Model, address: Address) -> str:
-    """What makes a backend the same one in another snapshot, whatever its weight. Another host's gateway is one
-    backend for each model that it serves, because one of them may be down there.
+    """What makes a backend the same one in another snapshot, whatever its weight. Another host's gateway, and a server
+    of several models, is one backend for each of them, because one may be down while another is not.
     """
     label = f"{address.host}:{address.port}"
-    return f"{model.name} {label}" if address.gateway else label
+    return f"{model.name} {label}" if address.gateway or address.shared else label

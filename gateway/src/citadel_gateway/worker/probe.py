@@ -67,7 +67,7 @@ class Asking(Struct):
             if not status:
                 raise ValueError("no HTTP")
             return status, await body_of(reader)
-        except (IndexError, EOFError):
+        except (IndexError, EOFError, asyncio.LimitOverrunError):
             raise ValueError("no HTTP") from None
         finally:
             if writer is not None:
@@ -86,8 +86,12 @@ async def body_of(reader: asyncio.StreamReader) -> bytes:
     return bytes(body)
 
 
-async def probe(host: str, port: int, key: str, patience: float, path: str = "/health", lines: str = "") -> Verdict:
-    """`up` for a 200, `down` for a refusal or another status, `silent` when no answer came in time."""
+async def probe(
+    host: str, port: int, key: str, patience: float, path: str = "/health", lines: str = "", *, state: bool = False
+) -> Verdict:
+    """`up` for a 200, `down` for a refusal or another status, `silent` when no answer came in time. `state`: the answer
+    has to say so in words.
+    """
     asking = Asking(host, port, key, lines)
     try:
         async with asyncio.timeout(patience):
@@ -96,7 +100,7 @@ async def probe(host: str, port: int, key: str, patience: float, path: str = "/h
         return "silent"
     except (OSError, ValueError):
         return "down"
-    return "up" if status == 200 and (path == "/health" or STATE.search(body)) else "down"
+    return "up" if status == 200 and (not state or STATE.search(body)) else "down"
 
 
 async def examine(
@@ -112,8 +116,7 @@ async def examine(
         if found.verdict == "silent" and backend.last > began:
             found.verdict = "up"  # it sends to others
     else:
-        path = f"/v1/models/{backend.model}" if peer else "/health"
-        found = Examined(await probe(asking.host, asking.port, asking.key, patience, path, asking.lines))
+        found = Examined(await of_itself(asking, backend, patience))
     now = clock()
     found.seconds = now - began
     if found.verdict == "up":
@@ -123,6 +126,12 @@ async def examine(
     else:
         found.changed = health.failed(now) if found.verdict == "down" else health.unanswered(now)
     return found
+
+
+async def of_itself(asking: Asking, backend: Backend, patience: float) -> Verdict:
+    """What the backend says of itself, without doing anything."""
+    path = f"/v1/models/{backend.model}" if backend.gateway else backend.path
+    return await probe(asking.host, asking.port, asking.key, patience, path, asking.lines, state=backend.gateway)
 
 
 def question(backend: Backend) -> tuple[str, bytes]:
@@ -154,7 +163,7 @@ async def generate(asking: Asking, backend: Backend, patience: float) -> Examine
         used = {kind: int(number) for kind, number in USAGE.findall(reply)}
         return Examined("up", False, True, used.get(b"prompt", 0), used.get(b"completion", 0))
     if status in BUSY:
-        return Examined(await probe(asking.host, asking.port, asking.key, patience, lines=asking.lines))
+        return Examined(await of_itself(asking, backend, patience))
     return Examined("down" if status >= 500 else "up")
 
 
