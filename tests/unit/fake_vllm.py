@@ -29,6 +29,7 @@ BEHAVIOUR = {
     "exit_status": 1,
     "stubborn": False,
 }
+USAGE = {"prompt_tokens": 2, "completion_tokens": 1, "total_tokens": 3}
 
 
 def behaviour() -> dict[str, Any]:
@@ -85,7 +86,7 @@ class Handler(BaseHTTPRequestHandler):
         if how == "odd":
             return self.answer(200, b'{"choices": []}')
         assert body["max_tokens"] == 1
-        return self.answer(200, json.dumps({"choices": [{"text": "a fake token"}]}).encode())
+        return self.answer(200, json.dumps({"choices": [{"text": "a fake token"}], "usage": USAGE}).encode())
 
 
 def main() -> None:

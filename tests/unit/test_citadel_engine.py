@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import pwd
+import re
 import shutil
 import signal
 import socket
@@ -565,6 +566,11 @@ def test_from_start_to_stop(site: Site, start: Callable[..., Run], gateway: Gate
     assert (site.root / "run/generation").read_text() == engine.fingerprint(site.model(), KEY)
     figures = (site.root / "run/metrics.prom").read_text()
     assert f'citadel_engine_canary_failures{{model="{NAME}"}} 0.000000' in figures
+    # The one before READY, and each since; two tokens of a prompt for one of an answer.
+    generated = re.search(rf'canary_generation_tokens_total\{{model="{NAME}"\}} (\d+)', figures)
+    assert generated
+    assert int(generated[1]) >= 2
+    assert f'canary_prompt_tokens_total{{model="{NAME}"}} {2 * int(generated[1])}.0' in figures
 
     seen = site.seen()
     assert seen["argv"] == [
@@ -708,6 +714,12 @@ def test_ask(up: Site, capsys: pytest.CaptureFixture[str]) -> None:
     assert engine.main(["ask", NAME, "--as", engine.user()]) == 0
     answer = json.loads(capsys.readouterr().out)[NAME]
     assert (answer["status"], answer["text"]) == (200, "a fake token")
+    assert engine.asked(up.root / "run") == (0, 0), "a model that has no folder there is no reason to fail"
+    (up.root / "run" / NAME).mkdir()
+    for _ in range(2):
+        assert engine.main(["ask", NAME]) == 0
+    assert engine.asked(up.root / "run" / NAME) == (4, 2)
+    capsys.readouterr()
     (up.etc / "keys/engine").write_text("another key")
     assert engine.main(["ask", NAME]) == 1
     assert json.loads(capsys.readouterr().out)[NAME]["status"] == 401
