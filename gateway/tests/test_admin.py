@@ -160,6 +160,9 @@ def test_what_a_deploy_would_undo_without_the_control_process(
 def test_drain_and_resume(control: ThreadedControl, command: Command, tmp_path: Path) -> None:
     assert command("drain", "uno") == "one: draining\n"
     assert command("resume", "one") == "one: taking requests\n"
+    assert command("drain", "one", "--here") == "one: draining\n"
+    assert control.state.people.overrides == ()
+    assert command("resume", "one") == "one: taking requests\n"
     assert "does not exist" in command("drain", "nothing", status=1)
     (tmp_path / "key").write_text(f"{ADMIN}\n")
     assert command("drain", "org/two", "--key-file", str(tmp_path / "key")) == "org/two: draining\n"

@@ -42,6 +42,8 @@ def add(commands: Commands) -> None:
         one = commands.add(name, f"{text} Talks to the control process of this host.", change_model)
         one.add_argument("model", metavar="MODEL", help="name or alias")
         add_key_options(one)
+        if name == "drain":
+            one.add_argument("--here", action="store_true", help="on this host only, not on all of the same database")
         one.add_argument(
             "--engine-key-file", metavar="FILE", help="the engine key, where gateway.json does not name it"
         )
@@ -104,7 +106,8 @@ def way_in(settings: Gateway, options: argparse.Namespace) -> tuple[str, str]:
         key = read_key(local_key_path(settings))
     name = quote(options.model)
     if key:
-        return f"/admin/models/{name}/{options.command}", key
+        query = "?here=true" if options.command == "drain" and options.here else ""
+        return f"/admin/models/{name}/{options.command}{query}", key
     path = f"/internal/models/{name}/{options.command}?reason=operator"
     return path, read_key(Path(options.engine_key_file)) if options.engine_key_file else engine_key(settings)
 
