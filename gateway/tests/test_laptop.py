@@ -13,6 +13,7 @@ from citadel_gateway.cli.laptop import CONTEXT, alone, find_models, parsed, stat
 from citadel_gateway.cli.main import main
 from citadel_gateway.settings import WORKERS, ConfigError, Gateway, Models, read, read_gateway
 
+from gateway.tests.controls import until
 from gateway.tests.fake_backend import FakeBackend
 from gateway.tests.processes import ROOT, environment, stop, wait_for
 from gateway.tests.site import Site, free_port
@@ -151,6 +152,7 @@ def test_from_nothing_to_an_answer(tmp_path: Path, fake: Fake) -> None:
                 assert (key in lines[1]) == (start == 1)
                 for model in ("qwen", "llama3.2:latest"):
                     assert chat(port, key, model) == f"I am {model}"
+                until((folder / "run" / "control.sock").exists)  # before that, a signal ends it without a word
             finally:
                 assert stop(process) == 0
     assert len(read(folder / "models.json", Models).models) == 2
