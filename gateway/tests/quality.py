@@ -102,8 +102,8 @@ KEYS = {"ann": ("inference",), "bob": ("inference",), "root": ("admin",), "page"
 class Served:
     """The control process inside this test, asked over its socket. The keys are `sk-NAME`, one for each of KEYS."""
 
-    def __init__(self, site: Site, server: PostgresServer | None = None) -> None:
-        site.model("one", 11400, aliases=["uno"], context=8192, price={"share": 0.5})
+    def __init__(self, site: Site, server: PostgresServer | None = None, engine: int = 11400) -> None:
+        site.model("one", engine, aliases=["uno"], context=8192, price={"share": 0.5})
         site.model("two", 11401)
         site.keys = [{"id": f"{name}-key", "user": name, "sha256": digest(f"sk-{name}"), "scopes": list(scopes)}
                      for name, scopes in KEYS.items()]  # fmt: skip
@@ -133,9 +133,10 @@ class Served:
         await self.task
 
     async def ask(self, method: str, path: str, by: str = "ann", body: Any = None, **more: Any) -> tuple[int, Any]:
-        """Status and decoded body."""
+        """Status and decoded body. `by`: one of KEYS, or "=" and a whole key."""
         assert self.session is not None
-        headers = {"Authorization": f"Bearer sk-{by}", **more.pop("headers", {})} if by else {}
+        token = by.removeprefix("=") if by.startswith("=") else f"sk-{by}"
+        headers = {"Authorization": f"Bearer {token}", **more.pop("headers", {})} if by else {}
         if body is not None:
             more["json"] = body
         async with self.session.request(method, path, headers=headers, **more) as reply:

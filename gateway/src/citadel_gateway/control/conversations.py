@@ -239,7 +239,7 @@ def get(
     control: Control,
     key: Annotated[Key, Depends(Scoped("inference", "admin"))],
     state: State | None = None,
-    before: float | None = None,
+    before: Annotated[float | None, Query(ge=0, le=1e12)] = None,
     limit: Annotated[int, Query(ge=1, le=200)] = 50,
 ) -> list[Conversation]:
     """The caller's conversations, the latest first (`admin`: everybody's)."""

@@ -8,14 +8,14 @@ import time
 from collections.abc import Sequence
 from typing import Annotated
 
-from fastapi import APIRouter, Depends, HTTPException, Query
+from fastapi import APIRouter, Depends, HTTPException, Path, Query
 from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy import Connection, case, func, select
 
 from citadel_gateway.control import tallies
 from citadel_gateway.control.auth import Control, Scoped
 from citadel_gateway.control.business import FEEDBACK, Count, Rules
-from citadel_gateway.control.feedback import SETTLING
+from citadel_gateway.control.feedback import SETTLING, Storable
 from citadel_gateway.control.golden import Verdict
 from citadel_gateway.control.sql.engine import Database
 from citadel_gateway.control.sql.tables import evaluations, feedback, requests
@@ -24,7 +24,9 @@ router = APIRouter(prefix="/admin/evaluations", tags=["evaluations"], dependenci
 
 MOST = 10_000
 CORRECT: dict[Verdict, bool | None] = {"correct": True, "incorrect": False, "partial": None}
-Text = Annotated[str, Field(max_length=256)]
+Text = Annotated[str, Field(max_length=256), Storable]
+LongText = Annotated[str, Field(max_length=2000), Storable]
+Tokens = Annotated[int, Field(ge=0, le=10**9)]
 
 
 class Result(BaseModel):
@@ -36,11 +38,11 @@ class Result(BaseModel):
     model: Text = ""
     request_id: Text = ""
     verdict: Verdict
-    reason: Annotated[str, Field(max_length=2000)] = ""
-    expected: Annotated[str, Field(max_length=2000)] = ""
-    seconds: Annotated[float, Field(ge=0)] = 0.0
-    input_tokens: Annotated[int, Field(ge=0)] = 0
-    output_tokens: Annotated[int, Field(ge=0)] = 0
+    reason: LongText = ""
+    expected: LongText = ""
+    seconds: Annotated[float, Field(ge=0, le=86_400)] = 0.0
+    input_tokens: Tokens = 0
+    output_tokens: Tokens = 0
 
 
 class Run(BaseModel):
@@ -190,7 +192,7 @@ def get(control: Control, limit: Annotated[int, Query(ge=1, le=200)] = 50) -> li
 
 
 @router.get("/{run}")
-def get_run(run: str, control: Control) -> list[Result]:
+def get_run(run: Annotated[Text, Path()], control: Control) -> list[Result]:
     """Each prompt of a run."""
     found = results(control.database, run)
     if not found:

@@ -9,7 +9,7 @@ import time
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, HTTPException, Query
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, StrictInt
 from sqlalchemy import Connection, Row, Table, and_, or_, select, update
 from starlette.concurrency import run_in_threadpool
 
@@ -30,16 +30,26 @@ MOST = 200  # rows of a page
 SETTLING = (0.0, 0.3, 0.7, 1.0)  # pauses: feedback may be faster than the journal is read
 
 
+def storable(text: str) -> str:
+    """What every database takes: no NUL, and no half of a character."""
+    if "\x00" in text or (not text.isascii() and text.encode(errors="replace").decode() != text):
+        raise ValueError("NUL and lone surrogates cannot be kept")
+    return text
+
+
+Storable = AfterValidator(storable)
+
+
 class Given(BaseModel):
     """One feedback. `request_id` is the reply's `x-request-id`. At least one of the other fields must be there."""
 
     model_config = ConfigDict(extra="forbid")
 
-    request_id: Annotated[str, Field(min_length=1, max_length=128)]
+    request_id: Annotated[str, Field(min_length=1, max_length=128), Storable]
     rating: Annotated[StrictInt, Field(ge=1, le=10)] | None = None
     correct: StrictBool | None = None
-    outcome: Annotated[str, Field(max_length=64)] | None = None
-    comment: Annotated[str, Field(max_length=COMMENT)] | None = None
+    outcome: Annotated[str, Field(max_length=64), Storable] | None = None
+    comment: Annotated[str, Field(max_length=COMMENT), Storable] | None = None
 
 
 class Feedback(BaseModel):
@@ -210,6 +220,7 @@ async def take(control: Control, key: Key, given: Given, channel: Channel) -> Fe
     return None
 
 
+Asked = Annotated[Annotated[str, Field(max_length=128), Storable] | None, Query()]
 Caller = Annotated[Key, Depends(Scoped("inference", "admin"))]
 
 
@@ -229,9 +240,9 @@ async def post(given: Given, control: Control, key: Caller) -> Feedback:
 def get(
     control: Control,
     key: Caller,
-    model: str | None = None,
-    request_id: str | None = None,
-    before: int | None = None,
+    model: Asked = None,
+    request_id: Asked = None,
+    before: Annotated[int | None, Query(ge=0, le=2**62)] = None,
     limit: Annotated[int, Query(ge=1, le=MOST)] = 50,
 ) -> list[Feedback]:
     """The caller's feedback, the newest first (`admin`: everybody's)."""

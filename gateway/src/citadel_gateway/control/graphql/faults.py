@@ -4,6 +4,7 @@ import logging
 
 from graphql import GraphQLError
 from pydantic import ValidationError
+from sqlalchemy.exc import DataError
 from strawberry.extensions import MaskErrors
 
 from citadel_gateway.control.client import Unreachable
@@ -30,6 +31,8 @@ def known(error: BaseException | None) -> tuple[str, str, int] | None:
             return "database_unavailable", "The database is away; try again in a moment", 503
         case Unreachable():
             return "gateway_unavailable", "No worker of the gateway can be reached at the moment", 503
+        case DataError() | UnicodeEncodeError():
+            return "invalid_request", "A text or a number in the query cannot be asked for", 400
         case RecursionError():
             return "query_too_large", "The query is nested too deeply", 400
     return None

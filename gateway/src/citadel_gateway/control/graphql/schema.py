@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import strawberry
-from graphql import GraphQLError
+from graphql import DocumentNode, GraphQLError, OperationDefinitionNode
 from strawberry.extensions import ParserCache, SchemaExtension
 from strawberry.schema.config import StrawberryConfig
 from strawberry.types import ExecutionContext
@@ -36,6 +36,9 @@ class Limits(SchemaExtension):
         assert execution.graphql_document is not None
         variables: dict[str, Any] = execution.variables or {}
         try:
+            named = execution._provided_operation_name  # the public name falls back to the first operation
+            if named is None and len(operations(execution.graphql_document)) > 1:
+                raise GraphQLError("operationName must say which operation", extensions={"code": "bad_request"})
             if nested(variables, VARIABLES_DEPTH):
                 raise GraphQLError("The variables are nested too deeply", extensions={"code": "query_too_large"})
             size = refuse(execution.graphql_document, graphql_schema, variables, BOUNDS)
@@ -49,6 +52,10 @@ class Limits(SchemaExtension):
         except Refusal as error:
             execution.pre_execution_errors = [GraphQLError(error.message, original_error=error)]
         yield
+
+
+def operations(document: DocumentNode) -> list[OperationDefinitionNode]:
+    return [one for one in document.definitions if isinstance(one, OperationDefinitionNode)]
 
 
 class Schema(strawberry.Schema):
