@@ -118,9 +118,12 @@ class Server:
 
 
 class RedisServer(Server):
-    """A Redis with an ACL user, as the role makes it. What it holds is lost with its process, unless `keep`."""
+    """A Redis with the gateway's user as the role makes it, and one who may do everything, for `command`. What it holds
+    is lost with its process, unless `keep`.
+    """
 
-    USER = "citadel"
+    USER = "gateway"
+    RULES = "~citadel* -@all +@connection +@read +@write +@scripting -@admin -@dangerous -@blocking +time"
 
     def __init__(self, *arguments: str, keep: bool = False) -> None:
         super().__init__("redis-")
@@ -128,7 +131,8 @@ class RedisServer(Server):
         self.path = self.folder / "redis.sock"
         self.password_file = self.folder / "password"
         self.password_file.write_text(self.password + "\n")
-        acl = f"user default off\nuser {self.USER} on >{self.password} ~* &* +@all\n"
+        acl = f"user {self.USER} on resetchannels >{self.password} {self.RULES}\n"
+        acl += f"user default off\nuser admin on >{self.password} ~* &* +@all\n"
         (self.folder / "users.acl").write_text(acl)
         self.arguments = ("--appendonly", "yes" if keep else "no", "--appendfsync", "always", *arguments)
 
@@ -162,7 +166,7 @@ class RedisServer(Server):
         with contextlib.closing(socket.socket(socket.AF_UNIX)) as sock:
             sock.settimeout(10)
             sock.connect(str(self.path))
-            commands: tuple[Any, ...] = (("AUTH", self.USER, self.password), words)
+            commands: tuple[Any, ...] = (("AUTH", "admin", self.password), words)
             sock.sendall(b"".join(hiredis.pack_command(command) for command in commands))
             replies: list[Any] = []
             while len(replies) < 2:

@@ -8,8 +8,8 @@ from gateway.tests.servers import PostgresServer, RedisServer
 
 
 def test_redis_answers_its_user_only(redis_server: RedisServer) -> None:
-    assert redis_server.command("ACL", "WHOAMI") == b"citadel"
-    assert str(redis_server.port) in redis_server.url
+    assert redis_server.command("ACL", "WHOAMI") == b"admin"
+    assert f"gateway@127.0.0.1:{redis_server.port}" in redis_server.url
 
 
 def test_postgres_answers_its_role_only(postgres_server: PostgresServer) -> None:

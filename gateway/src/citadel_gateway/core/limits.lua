@@ -3,9 +3,9 @@
 -- KEYS  1 holds (hash: worker -> "number delta_number requests tokens slots spare_requests spare_tokens spare_slots")
 --       2 slots of the window (sorted set)       3 what is in them (hash: r<slot>, t<slot>, and the sums R and T)
 --       4 days and months (hash: d<day>, m<month>)       5 when each worker was last heard of (hash, ms)
--- ARGV  1 "sync", "beat" or "lost"   2 worker   3 now in ms, empty: the server's clock (tests give one)
+-- ARGV  1 "sync", "beat", "lost", "usage" or "probe"   2 worker   3 now in ms, empty: the server's clock (tests give one)
 --   sync  4 number   5 delta_number   6-10 the five limits (0: none)   11 1: a spent quota blocks
---         12-14 opened   15-17 keep   18-20 want   21 number of asks   22… tokens of each
+--         12-14 opened   15-17 keep   18-20 want   21 number of asks   22- tokens of each
 --         then three for each delta: its age in ms, requests, tokens
 --   lost  4 ms since the epoch   5 tokens;  KEYS[6] says that it was counted before
 local DEAD, FORGOTTEN, WINDOW, CAUTION, NEVER = 5000, 3600000, 601, 8, 1e12
@@ -78,6 +78,10 @@ local function keep_window()
   redis.call('PEXPIRE', KEYS[3], 120000)
 end
 
+if mode == 'probe' then -- can it be written to?
+  redis.call('HSET', KEYS[5], '', now)
+  return redis.call('HDEL', KEYS[5], '')
+end
 if mode == 'lost' then
   if not redis.call('SET', KEYS[6], 1, 'NX', 'PX', 86400000) then return 0 end
   local tokens, at = tonumber(ARGV[5]), tonumber(ARGV[4])
@@ -109,7 +113,7 @@ for i = 1, #beats, 2 do
     known[name] = age <= FORGOTTEN
   end
 end
-if not mine or mine > 500 or mine < 0 then
+if mode ~= 'usage' and (not mine or mine > 500 or mine < 0) then
   redis.call('HSET', KEYS[5], worker, now)
   redis.call('PEXPIRE', KEYS[5], 2 * FORGOTTEN)
 end
@@ -118,8 +122,9 @@ if mode == 'beat' then return workers end
 local function three(first) return tonumber(ARGV[first]), tonumber(ARGV[first + 1]), tonumber(ARGV[first + 2]) end
 
 -- What all workers hold.
-local number, delta_number = tonumber(ARGV[4]), 0
+local number, delta_number = tonumber(ARGV[4]), 0 -- none for "usage"
 local held_r, held_t, held_c, spare_r, spare_t, spare_c = 0, 0, 0, 0, 0, 0
+local soon_r, soon_t, soon_c = 0, 0, 0 -- held by workers with something to spare, who tell us at their next tick only
 local holds = redis.call('HGETALL', KEYS[1])
 for i = 1, #holds, 2 do
   local a, b, r, t, c, sr, st, sc =
@@ -130,9 +135,27 @@ for i = 1, #holds, 2 do
   elseif alive[holds[i]] then
     held_r, held_t, held_c = held_r + r, held_t + t, held_c + c
     spare_r, spare_t, spare_c = spare_r + sr, spare_t + st, spare_c + sc
+    if sr + st + sc > 0 then
+      soon_r, soon_t, soon_c = soon_r + r, soon_t + t, soon_c + c
+    end
   elseif not known[holds[i]] then
     redis.call('HDEL', KEYS[1], holds[i])
   end
+end
+
+if mode == 'usage' then -- what is to spare is not used
+  local sums = redis.call('HMGET', KEYS[3], 'R', 'T', 'skew')
+  local r, t = tonumber(sums[1]) or 0, tonumber(sums[2]) or 0
+  local slot = math.floor((now + (tonumber(sums[3]) or 0)) / 100)
+  for _, name in ipairs(redis.call('ZRANGEBYSCORE', KEYS[2], '-inf', slot - WINDOW)) do
+    local gone = redis.call('HMGET', KEYS[3], 'r' .. name, 't' .. name)
+    r, t = r - (tonumber(gone[1]) or 0), t - (tonumber(gone[2]) or 0)
+  end
+  local day, month = calendar(now)
+  local spent = redis.call('HMGET', KEYS[4], 'd' .. day, 'm' .. month)
+  return {
+    r + held_r - spare_r, t + held_t - spare_t, held_c - spare_c, tonumber(spent[1]) or 0, tonumber(spent[2]) or 0
+  }
 end
 
 -- What was used: forget what is older than a minute, add what is new.
@@ -222,7 +245,7 @@ end
 -- Each request that waits, one after another.
 local reply, got_r, got_t, got_c = {}, 0, 0, 0
 local queued_r, queued_t, refused = 0, 0, false
-local overage = math.min(left_d, left_m) <= 0
+local overage = not block and math.min(left_d, left_m) <= 0
 for i = 1, asks do
   local tokens = tonumber(ARGV[21 + i])
   local short, spared = {}, true
@@ -232,12 +255,12 @@ for i = 1, asks do
       if left + others < need then spared = false end
     end
   end
-  check(2, left_c, 1, spare_c)
-  check(3, left_r, 1, spare_r)
-  check(4, left_t, tokens, spare_t)
+  check(2, left_c, 1, soon_c)
+  check(3, left_r, 1, soon_r)
+  check(4, left_t, tokens, soon_t)
   if block then
-    check(5, left_d, tokens, spare_t)
-    check(6, left_m, tokens, spare_t)
+    check(5, left_d, tokens, soon_t)
+    check(6, left_m, tokens, soon_t)
   end
   local code, wait = 0, 0
   if #short == 0 then

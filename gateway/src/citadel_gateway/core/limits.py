@@ -2,8 +2,8 @@
 
 A worker holds a part of each active user's limits (see `limitstore`) and admits from it without asking anybody; only a
 request that does not fit asks the store, and what is not needed goes back at the next tick. So no limit is ever
-exceeded, and nobody is refused because another worker has something to spare: such a request waits for up to `PATIENCE`
-and asks again.
+exceeded. A worker with something to spare tells what has ended at the next tick, one without at once; where the former
+may make room, a request waits for up to `PATIENCE` and asks again. So nobody is refused for what others do not need.
 
 Everything is called back, nothing waits. A user without any limit costs nothing and is not known to the store.
 """
@@ -35,6 +35,7 @@ BATCH = 128  # requests of one user that ask together
 OLDEST = 64  # entries that an account keeps for a store that is away; older ones are put together
 UNSURE = 1.0  # Retry-After when only a running request that ends can make room, and none has ended yet
 SHORTEST = 0.1
+RUSH = 2  # requests in a tick after which some more are expected
 CLOSED = 2.0  # Retry-After when the store is away and requests are refused
 
 
@@ -101,7 +102,7 @@ class Account:
     __slots__ = (
         "burst_requests", "burst_tokens", "calling", "delta_number", "dirty", "free", "idle_since", "left", "limits",
         "new_requests", "new_tokens", "open_slots", "open_tokens", "overage", "person", "sent", "spare_requests",
-        "spare_slots", "spare_tokens", "tier", "typical", "unsent", "user", "waiters", "workers",
+        "spare_slots", "spare_tokens", "tier", "told", "typical", "unsaid", "unsent", "user", "waiters", "workers",
     )  # fmt: skip
 
     def __init__(self, person: Person) -> None:
@@ -119,6 +120,8 @@ class Account:
         self.delta_number = 0
         self.burst_requests = self.burst_tokens = 0  # admitted since the last tick
         self.calling = False
+        self.told = False  # the store knows that we have something to spare
+        self.unsaid = False  # something has ended since the last call
         self.dirty = False
         self.waiters: list[Waiter] = []
         self.overage = False
@@ -170,7 +173,9 @@ class Account:
         )
 
     def want(self) -> Three:
-        """To spare until the next tick: twice what was needed since the last one."""
+        """To spare until the next tick: twice what was needed since the last one; a single request makes no rush."""
+        if self.burst_requests < RUSH:
+            return (0, 0, 0)
         wanted = (2 * self.burst_requests, 2 * self.burst_tokens, 2 * self.burst_requests)
         have = (self.spare_requests, self.spare_tokens, self.spare_slots)
         requests, tokens, slots = (max(0, want - spare) for want, spare in zip(wanted, have, strict=True))
@@ -289,9 +294,12 @@ class Limiter:
         if tokens_used < tokens:
             account.spare_tokens += tokens - tokens_used
         account.typical += 0.2 * (now - reservation.at - account.typical)
+        account.unsaid = True
         if not account.dirty:
             account.dirty = True
             self.dirty.append(account)
+        if not account.told and not account.calling and self.store.up:
+            self.call(account, now)
 
     def cancel(self, done: Done) -> None:
         """Whoever waited has gone; what the store may still grant goes back."""
@@ -385,6 +393,8 @@ class Limiter:
         call.want = account.want()
         call.done = self.answered
         account.calling = True
+        account.unsaid = False
+        account.told = any(call.keep)
         self.store.sync(call)
 
     def answered(self, call: Call, answer: Answer | None) -> None:
@@ -404,12 +414,13 @@ class Limiter:
             account.spare_requests += answer.extra[0]
             account.spare_tokens += answer.extra[1]
             account.spare_slots += answer.extra[2]
+            account.told = account.told or any(answer.extra)
         kept = [
             waiter
             for waiter, (code, wait) in zip(call.waiters, answer.verdicts, strict=True)
             if not self.decide(account, waiter, code, wait, now)
         ]
-        more = bool(account.waiters)
+        more = bool(account.waiters) or (account.unsaid and not account.told)
         self.return_waiters(account, kept)
         account.calling = False
         if more:

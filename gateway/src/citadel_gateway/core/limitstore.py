@@ -24,7 +24,7 @@ DEAD = 5.0
 CAUTION = 8  # to spare is at most what is left / (CAUTION x workers)
 NEVER = 10**12  # a limit that is none
 ADMITTED, OVERAGE, CONCURRENCY, REQUESTS, TOKENS, DAY, MONTH = range(7)
-SPARED = 10  # added to a refusal that what others have to spare would have prevented
+SPARED = 10  # added to a refusal that others, who have something to spare, may undo within a tick
 KINDS = ("", "", "concurrency", "requests_per_minute", "tokens_per_minute", "tokens_per_day", "tokens_per_month")
 
 Three = tuple[int, int, int]  # requests, tokens, slots of concurrency
@@ -180,7 +180,8 @@ class MemoryStore:
                     use.spend(*calendar(wall - age), tokens)
         living = {name for name, at in self.beats.items() if now - at < DEAD}
         others = [hold for name, hold in use.holds.items() if name != call.worker and name in living]
-        room = Room(use, call, total(held for _, _, held, _ in others), total(spare for *_, spare in others), wall)
+        soon = total(held for _, _, held, spare in others if any(spare))
+        room = Room(use, call, total(held for _, _, held, _ in others), soon, wall)
         room.window = [((slot_ + WINDOW) / 10 - now, *use.counted[slot_]) for slot_ in sorted(use.heap)]
         verdicts = [room.ask(tokens) for tokens in call.asks]
         extra = room.spare(call.want, len(living))
@@ -207,9 +208,9 @@ class MemoryStore:
 class Room:
     """What is left of each limit while the requests of one call are decided, one after another."""
 
-    __slots__ = ("admitted", "block", "left", "others", "overage", "queued", "quota", "refused", "wall", "window")
+    __slots__ = ("admitted", "block", "left", "overage", "queued", "quota", "refused", "soon", "wall", "window")
 
-    def __init__(self, use: Use, call: Call, held: Three, others: Three, wall: float) -> None:
+    def __init__(self, use: Use, call: Call, held: Three, soon: Three, wall: float) -> None:
         tier = call.tier
         mine = total((call.opened, call.keep, held))
         day, month = calendar(wall)
@@ -226,12 +227,12 @@ class Room:
             (tier.tokens_per_day or NEVER) - tokens_today - mine[1],
             (tier.tokens_per_month or NEVER) - tokens_this_month - mine[1],
         ]
-        self.others = others
+        self.soon = soon  # held by workers with something to spare, who tell of what has ended at the next tick only
         self.admitted: Three = (0, 0, 0)
         self.window: list[tuple[float, int, int]] = []  # seconds until a slot is free again, its requests and tokens
         self.queued = [0, 0]  # requests and tokens that were refused and will come again
         self.refused = False
-        self.overage = min(self.quota) <= 0
+        self.overage = not self.block and min(self.quota) <= 0
 
     def ask(self, tokens: int) -> tuple[int, float]:
         """One request."""
@@ -255,11 +256,11 @@ class Room:
 
     def refuse(self, short: list[int], tokens: int) -> tuple[int, float]:
         """The limit that takes longest, and how long that is."""
-        others = self.others
-        spared = {CONCURRENCY: self.left[2] + others[2] >= 1, REQUESTS: self.left[0] + others[0] >= 1}
-        spared[TOKENS] = self.left[1] + others[1] >= tokens
-        spared[DAY] = self.quota[0] + others[1] >= tokens
-        spared[MONTH] = self.quota[1] + others[1] >= tokens
+        soon = self.soon
+        spared = {CONCURRENCY: self.left[2] + soon[2] >= 1, REQUESTS: self.left[0] + soon[0] >= 1}
+        spared[TOKENS] = self.left[1] + soon[1] >= tokens
+        spared[DAY] = self.quota[0] + soon[1] >= tokens
+        spared[MONTH] = self.quota[1] + soon[1] >= tokens
         worst, longest = short[0], -1.0
         for kind in short:
             wait = self.wait_for(kind, tokens)
