@@ -1,10 +1,12 @@
 """The commands of administration, against a control process."""
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from citadel_gateway.cli.client import Client, Failed, message_of, operator
 from citadel_gateway.cli.main import main
 from citadel_gateway.settings import local_key_path
 
@@ -169,6 +171,32 @@ def test_drain_and_resume(control: ThreadedControl, command: Command, tmp_path: 
     engine = str(control.site.folder / "engine-key")
     assert command("resume", "org/two", "--engine-key-file", engine) == "org/two: draining\n"  # an operator's it is not
     assert command("resume", "org/two") == "org/two: taking requests\n"
+
+
+def test_the_log_of_changes(command: Command) -> None:
+    command("users", "create", "zack")
+    line = next(one for one in command("audit", "--limit", "3").splitlines() if "zack" in one)
+    assert "olivia" in line
+    assert "user.create" in line
+    assert "zack" in command("users", "change", "zack", "--name", "Z", "--json")
+
+
+def test_answers_that_are_none(
+    control: ThreadedControl, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    client = Client(control.settings, ADMIN)
+    with pytest.raises(Failed, match="something else than JSON"):
+        client.ask("GET", "/live")
+    assert client.ask("GET", "/admin/models")[0]["name"] == "one"
+    assert message_of(b"<html>") == "<html>"
+    assert message_of(b"") == "refused without a reason"
+
+    def nobody() -> str:
+        raise OSError
+
+    monkeypatch.delenv("SUDO_USER", raising=False)
+    monkeypatch.setattr("getpass.getuser", nobody)
+    assert operator() == str(os.getuid())
 
 
 def test_the_key_that_is_given(

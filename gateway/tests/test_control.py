@@ -10,9 +10,11 @@ import pytest
 import uvicorn
 from citadel_gateway import snapshot
 from citadel_gateway.control.app import make_app
+from citadel_gateway.control.sql.tables import keys
 from citadel_gateway.control.state import State
+from citadel_gateway.control.stored import bump
 from citadel_gateway.metrics import Metrics, encode
-from citadel_gateway.settings import Gateway
+from citadel_gateway.settings import Gateway, Key
 
 from gateway.tests import fake_engine
 from gateway.tests.client import ADMIN, KEY, Reply, Wire, head_of, until
@@ -158,6 +160,67 @@ async def test_a_fault_is_an_error_of_the_same_shape(control: Control, monkeypat
     reply = await control.ask("POST", "/admin/models/one/drain?here=true")
     assert (reply.status, reply.error()) == (500, "internal_error")
     assert json.loads(reply.body)["error"]["type"] == "server_error"
+
+
+async def test_what_is_done_now_and_then_goes_on_after_a_fault(site: Site, caplog: pytest.LogCaptureFixture) -> None:
+    state = State(site.settings)
+    done = []
+
+    def plain() -> None:
+        done.append("plain")
+        raise RuntimeError("once more")
+
+    async def on_the_loop() -> None:
+        done.append("loop")
+
+    state.every(0.01, plain)
+    state.every(0.01, on_the_loop)
+    await until(lambda: done.count("plain") > 2 and done.count("loop") > 2)
+    await state.close()
+    assert "once more" in caplog.text
+
+
+def test_a_snapshot_that_cannot_be_written_is_written_later(site: Site, caplog: pytest.LogCaptureFixture) -> None:
+    site.model("one", 1)
+    state = State(site.settings)
+    told: list[snapshot.Snapshot] = []
+    state.subscribe(told.append)
+    run = Path(state.settings.run_dir)
+    run.rename(run.with_name("away"))
+    assert not state.look()
+    assert "cannot be written" in caplog.text
+    assert told == []
+    run.with_name("away").rename(run)
+    assert state.look()
+    assert [model.name for model in told[0].models] == ["one"]
+    assert not state.look()
+
+
+def test_people_that_cannot_be_read_change_nothing(site: Site, caplog: pytest.LogCaptureFixture) -> None:
+    site.model("one", 1)
+    state = State(site.settings)
+    state.look()
+    assert state.poll()
+    assert not state.poll()
+    with state.database.begin() as connection:
+        bump(connection)
+        row = {"id": "bad", "user_id": "bad", "sha256": "x", "scopes": ["root"], "models": ["*"]}
+        connection.execute(keys.insert().values(row))
+    assert not state.poll()
+    assert not state.poll()
+    assert caplog.text.count("users and keys cannot be read") == 1
+
+
+def test_whose_key_it_is(site: Site) -> None:
+    site.model("one", 1)
+    site.users = [{"id": "ann", "tier": "basic"}]
+    site.policies = {"tiers": [{"name": "free"}, {"name": "basic"}, {"name": "default"}], "default_tier": "default"}
+    state = State(site.settings)
+    assert state.tier(state.user(Key("early", "0" * 64))).name == "unlimited"  # before there are files
+    state.look()
+    assert state.tier(state.user(Key("one", "0" * 64, user="ann"))).name == "basic"
+    assert state.tier(state.user(Key("other", "0" * 64))).name == "default"
+    assert state.key("Basic eDp5") is None
 
 
 def test_without_files_it_waits_for_them(site: Site) -> None:

@@ -292,6 +292,31 @@ def test_two_hosts_of_one_database(tmp_path: Path, postgres_server: PostgresServ
         state.database.close()
 
 
+def test_a_revocation_reaches_the_other_host(tmp_path: Path, postgres_server: PostgresServer) -> None:
+    password = str(postgres_server.password_file)
+    controls = []
+    for host in ("first", "second"):
+        (tmp_path / host).mkdir()
+        site = Site(tmp_path / host)
+        database = {"url": postgres_server.url, "password_file": password, "schema": "revocation"}
+        site.config |= {"host": host, "database": database}
+        site.model("one", 11400)
+        controls.append(ThreadedControl(site).start())
+    first, second = controls
+    try:
+        answer = first.ask("POST", "/admin/keys", {"user": "ann", "new_user": True}).json()
+        assert first.opens(answer["key"])
+        until(lambda: second.opens(answer["key"]))
+        second.ask("POST", f"/admin/keys/{answer['entry']['id']}/revoke")
+        assert not second.opens(answer["key"])
+        until(lambda: not first.opens(answer["key"]))
+        hosts = [line["host"] for line in first.ask("GET", f"/admin/audit?target={answer['entry']['id']}").json()]
+        assert hosts == ["second", "first"]
+    finally:
+        for control in controls:
+            control.stop()
+
+
 def test_the_local_drain_is_among_the_changes(control: ThreadedControl) -> None:
     control.ask("POST", "/admin/models/one/drain?here=true")
     (change,) = control.ask("GET", "/admin/overrides").json()
