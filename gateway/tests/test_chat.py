@@ -209,11 +209,28 @@ async def test_a_drain_ends_what_runs_and_says_so(live: LiveSite, socket: Client
     await stopping
 
 
-async def test_a_worker_that_stops_ends_its_own_connections(live: LiveSite, socket: ClientConnection) -> None:
-    lines = live.part("lines")
-    (line,) = lines.open
-    lines.look(frozenset((line.worker,)))
+async def test_a_worker_that_stops_is_not_held_up(live: LiveSite, socket: ClientConnection) -> None:
+    """Its report says so; what runs ends, and the connection closes for another worker to take."""
+    started = asyncio.get_running_loop().time()
+    stopping = asyncio.create_task(live.running.stop())
     assert await closed(socket) == (1012, "restarting")
+    await stopping
+    assert asyncio.get_running_loop().time() - started < 10
+
+
+async def test_a_fault_of_ours_is_an_end_too(
+    live: LiveSite, socket: ClientConnection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise ValueError("a fault")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(live.part("client"), "ask", broken)
+        await say(socket, type="request", id="a", body=BODY)
+        error = await said(socket)
+    assert (error["id"], error["status"], error["error"]["code"]) == ("a", 500, "internal_error")
+    await say(socket, type="request", id="a", body=BODY)
+    assert (await said(socket))["type"] == "response"
 
 
 async def test_idle_connections_end(live: LiveSite, monkeypatch: pytest.MonkeyPatch) -> None:

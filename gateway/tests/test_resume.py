@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from contextlib import suppress
 
 import pytest
 from citadel_gateway.control import resume
@@ -11,7 +12,7 @@ from citadel_gateway.errors import Refusal
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.tests.client import ADMIN, KEY, Reply, Wire, head_of, until
+from gateway.tests.client import ADMIN, KEY, Reply, Wire, ask, chat, connect, get, head_of, until
 from gateway.tests.fake_engine import FakeEngine, event_bytes, stream_bytes
 from gateway.tests.live_site import LiveSite
 
@@ -184,6 +185,19 @@ async def test_a_stream_that_breaks_says_so_to_each_reader(side: Side, engine: F
     assert (await side.resume(2)).body == stream[len(numbered(1, 2)) :]
 
 
+async def test_a_fault_of_ours_is_an_answer(side: Side, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise ValueError("a fault")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(side.live.part("client"), "ask", broken)
+        body = json.dumps(BODY).encode()
+        with suppress(asyncio.IncompleteReadError):
+            reply = await side.ask("POST", PATH, body=body, X_Request_Id="r1", X_Citadel_Resumable="1")
+            assert reply.status == 500
+    assert not side.kept.kept
+
+
 # the buffer ---------------------------------------------------------------------------------------------------------
 class FakeReply:
     def __init__(self, count: int) -> None:
@@ -246,3 +260,32 @@ def test_readers_get_each_event_once_in_order(count: int, cuts: list[int], limit
         assert got == [b"id: %d\ndata: %03d\n\n" % (number, number) for number in range(1, count + 1)]
 
     asyncio.run(run())
+
+
+# through a worker ---------------------------------------------------------------------------------------------------
+async def test_the_whole_way(live: LiveSite, engine: FakeEngine) -> None:
+    """A client that loses its connection to a worker goes on through another connection."""
+    engine.delay = 0.05
+    wire = await connect(live.port)
+    wire.send(chat(stream=True, headers={"X-Citadel-Resumable": "1", "X-Request-ID": "mine"}))
+    status, headers = await wire.head()
+    assert (status, headers["x-request-id"], headers["x-citadel-resumable"]) == (200, "mine", "1")
+    assert (await wire.chunk()).startswith(b"id: 1\ndata: ")
+    await wire.close()
+    reply = await get(live.port, "/v1/streams/mine", headers={"Last-Event-ID": "1"})
+    assert (reply.status, reply.body) == (200, numbered(2, 6))
+    assert len(engine.seen) == 1
+    assert engine.cancelled == 0
+    assert (await get(live.port, "/v1/streams/mine", "sk-other")).status == 404
+    refused = await ask(live.port, chat(headers={"X-Citadel-Resumable": "1"}))
+    assert refused.error() == "not_a_stream"
+    refused = await ask(live.port, chat(stream=True, key="sk-wrong", headers={"X-Citadel-Resumable": "1"}))
+    assert refused.status == 401
+
+
+async def test_a_large_prompt(live: LiveSite) -> None:
+    """Its body may be as large as that of any other completion."""
+    request = chat(stream=True, headers={"X-Citadel-Resumable": "1"}, padding="x" * 2_000_000)
+    reply = await ask(live.port, request)
+    assert reply.status == 200
+    assert without_ids(reply.body) == stream_bytes(5, "one")

@@ -129,8 +129,8 @@ class Chat:
             del self.running[name]
         self.last = asyncio.get_running_loop().time()
         self.ended.tell()
-        if not task.cancelled() and (error := task.exception()) is not None:
-            log.error("a request of a WebSocket failed", exc_info=error)
+        if not task.cancelled():
+            task.exception()  # of somebody who has gone; the others were told
 
     async def cancel(self, name: str) -> None:
         """One that is over already is no error: the two may have crossed."""
@@ -166,6 +166,9 @@ class Chat:
             await self.failed(message.id, 503, error.body())
         except WebSocketDisconnect:
             return  # `listen` hears of it too
+        except Exception:
+            log.exception("a request of a WebSocket failed")
+            await self.wrong(message.id, 500, "internal_error", "The gateway's control process failed")
 
     async def whole(self, name: str, reply: Reply) -> None:
         body = await reply.body()

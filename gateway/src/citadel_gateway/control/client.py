@@ -7,6 +7,7 @@ engine stops within 100 ms.
 
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from io import BytesIO
 from types import TracebackType
 from typing import Self
 
@@ -121,10 +122,11 @@ class Client:
         """One request with this key. The reply is closed at the end of the block, read or not."""
         lines = {**(headers or {}), "Authorization": f"Bearer {key}"}
         if body is not None:
+            lines["Content-Length"] = str(len(body))
             lines["Content-Type"] = "application/json"
         try:
             response = await self.opened().request(
-                method, f"{self.url}{path}", data=body, headers=lines, allow_redirects=False
+                method, f"{self.url}{path}", data=in_pieces(body), headers=lines, allow_redirects=False
             )
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
             raise Unreachable(str(error)) from None
@@ -146,6 +148,11 @@ class Client:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.close()
+
+
+def in_pieces(body: bytes | None) -> BytesIO | None:
+    """A large body is handed over bit by bit, so that the loop has time for others."""
+    return None if body is None else BytesIO(body)
 
 
 def end_of_event(data: bytes, start: int = 0) -> int:

@@ -7,6 +7,7 @@ and then what is still to come. A deliberate end is DELETE.
 """
 
 import asyncio
+import logging
 import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -26,6 +27,7 @@ from citadel_gateway.control.state import State
 from citadel_gateway.errors import Refusal, stream_error
 from citadel_gateway.settings import Key
 
+log = logging.getLogger("citadel_gateway")
 router = APIRouter()
 
 AWAY_SECONDS = 60.0
@@ -282,6 +284,12 @@ async def generate(
     except Unreachable as error:
         answer(started, Response(error.body(), 503, {"retry-after": "2"}, "application/json"))
         kept.drop(recording)
+    except Exception as error:
+        if started.done():
+            log.exception("a resumable stream failed")
+        else:
+            started.set_exception(error)  # the client's answer is made of it
+        kept.forget(recording)
 
 
 def answer(started: "asyncio.Future[Response]", response: Response) -> None:
