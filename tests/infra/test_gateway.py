@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from ipaddress import ip_address
 from typing import Any
 
@@ -11,6 +12,13 @@ from testinfra.host import Host
 
 Json = dict[str, Any]
 SECURITY = 1.5  # exposure that systemd-analyze security may report at most
+
+
+@dataclass(frozen=True)
+class Answer:
+    status: int
+    body: str
+    headers: dict[str, str]
 
 
 @pytest.fixture
@@ -47,6 +55,36 @@ def engine_key_file(host: Host) -> str:
 def url(settings: Json) -> str:
     address = settings["listen"]["address"]
     return f"http://{'127.0.0.1' if ip_address(address).is_unspecified else address}:{settings['listen']['port']}"
+
+
+@pytest.fixture
+def control(host: Host, settings: Json) -> Callable[[str], Answer]:
+    """What the control process answers over its own socket, to somebody who may read the gateway's state folder."""
+    ask = (
+        "import http.client, json, socket, sys\n"
+        "way, key, path = sys.argv[1:]\n"
+        "c = http.client.HTTPConnection('gateway', timeout=30)\n"
+        "c.sock = socket.socket(socket.AF_UNIX); c.sock.settimeout(30); c.sock.connect(way)\n"
+        "c.request('GET', path, headers={'Authorization': 'Bearer ' + open(key).read().strip()})\n"
+        "r = c.getresponse()\n"
+        "print(json.dumps({'status': r.status, 'body': r.read().decode(), 'headers': dict(r.headers)}))"
+    )
+    key = settings["state_dir"] + "/local-key"
+
+    def get(path: str) -> Answer:
+        return Answer(
+            **json.loads(host.check_output("python3 -c %s %s %s %s", ask, settings["control_socket"], key, path))
+        )
+
+    return get
+
+
+@pytest.fixture
+def page(control: Callable[[str], Answer]) -> str:
+    """The metrics of all workers of the host."""
+    answer = control("/metrics")
+    assert answer.status == 200, answer.body
+    return answer.body
 
 
 def test_every_unit_is_up(unit: Callable[[str], Any], units: list[str]) -> None:
@@ -144,14 +182,50 @@ def test_a_wrong_key_is_refused_in_openai_s_words(fetch: Callable[..., Any], url
 def test_every_model_and_key_is_in_use(read_json: Callable[[str], Json], settings: Json) -> None:
     """The workers serve from the models and keys that were deployed."""
     served = read_json(f"{settings['run_dir']}/snapshot.json")
-    assert served["models"] == read_json(settings["models_file"])["models"]
-    assert {key["id"] for key in served["keys"]} == {key["id"] for key in read_json(settings["keys_file"])["keys"]}
+
+    def backends(models: list[Json]) -> dict[str, set[tuple[str, int]]]:
+        return {model["name"]: {(one["host"], one["port"]) for one in model["backends"]} for model in models}
+
+    assert backends(served["models"]) == backends(read_json(settings["models_file"])["models"])
+    assert {key["id"] for key in read_json(settings["keys_file"])["keys"]} <= {key["id"] for key in served["keys"]}
+
+
+def test_limits_are_counted_in_the_store(page: str, settings: Json) -> None:
+    """Every worker reaches the store of limits."""
+    if not settings["redis"]["url"]:
+        pytest.skip("limits are counted in memory")
+    up = re.findall(r"^llm_gateway_limit_store_up(?:\{[^}]*\})? (\S+)$", page, re.MULTILINE)
+    assert up, "no worker says whether it reaches the store"
+    assert {float(value) for value in up} == {1.0}
+
+
+def test_nothing_of_the_journal_was_lost(page: str) -> None:
+    """No request is missing in the journal from which the ledger is written."""
+    lost = re.findall(r"^llm_gateway_journal_lost_total(?:\{[^}]*\})? (\S+)$", page, re.MULTILINE)
+    assert sum(map(float, lost)) == 0
+
+
+def test_the_database_answers(control: Callable[[str], Answer]) -> None:
+    """Users, keys and ledger are in a database that answers."""
+    assert control("/admin/users").status == 200
+    ledger = control("/admin/ledger")
+    assert ledger.status == 200, ledger.body
+
+
+def test_the_first_administrator_s_key_is_root_s(host: Host, settings_file: str) -> None:
+    """The first key of an administrator is in a file of root's alone."""
+    path = settings_file.rsplit("/", 1)[0] + "/admin.key"
+    if not host.file(path).exists:
+        pytest.skip("none is kept beside the settings")
+    assert (host.file(path).user, host.file(path).mode) == ("root", 0o600)
 
 
 def test_secrets_are_closed(host: Host, unit: Callable[[str], Any], settings: Json, engine_key_file: str) -> None:
     """Hashes, snapshot and the engines' key can be read by nobody else."""
     group = unit("citadel-gateway-control.service").show("Group")["Group"]
-    for path in (settings["keys_file"], f"{settings['run_dir']}/snapshot.json"):
+    secret = [settings["keys_file"], f"{settings['run_dir']}/snapshot.json", settings["state_dir"] + "/local-key"]
+    secret += [path for path in (settings["redis"]["password_file"], settings["database"]["password_file"]) if path]
+    for path in secret:
         file = host.file(path)
         assert file.mode & 0o007 == 0, f"{path} is {oct(file.mode)}"
         assert file.group == group, path

@@ -94,6 +94,31 @@ def test_a_key_without_the_scope_generates_nothing(chat: Fetch, key: str) -> Non
     assert chat(key=key).status == 403
 
 
+def test_a_tier_s_limit_holds_over_all_workers(chat: Fetch) -> None:
+    """Three requests a minute, wherever they arrive; then when to come back, and nobody else is in the way."""
+    answers = [chat(key="tiny") for _ in range(6)]
+    assert [answer.status for answer in answers] == [200] * 3 + [429] * 3, [answer.body for answer in answers]
+    told = {name.lower(): value for name, value in answers[-1].headers.items()}
+    assert 0 < int(told["retry-after"]) <= 60
+    assert answers[-1].json()["error"]["code"]
+    assert chat().status == 200
+
+
+def test_the_first_administrator_makes_and_revokes_a_key(host: Host, fetch: Fetch, chat: Fetch) -> None:
+    command = "/opt/citadel/gateway-env/bin/citadel-gateway keys"
+    made = "create --user somebody --new-user --id made-by-the-test --key-file /etc/citadel-gateway/admin.key"
+    host.check_output(f"umask 077; {command} {made} > /root/keys/made")
+    assert eventually(lambda: chat(key="made").status == 200, 2)
+    host.check_output(f"{command} revoke made-by-the-test")
+    assert eventually(lambda: chat(key="made").status == 401, 2)
+
+
+def test_each_request_is_in_the_ledger_once(host: Host, chat: Fetch) -> None:
+    ledger = "/opt/citadel/gateway-env/bin/citadel-gateway ledger check"
+    assert chat().status == 200
+    assert eventually(lambda: host.run(ledger).rc == 0, 10), host.run(ledger).stdout
+
+
 def test_a_body_above_the_limit_is_413(chat: Fetch) -> None:
     assert chat(padding="x" * 100_000).status == 413
 
