@@ -1,9 +1,11 @@
 """The three files, and what is said about mistakes in them."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
+from citadel_gateway import settings
 from citadel_gateway.settings import ConfigError, Gateway, Keys, Models, engine_key, problems, read
 
 from gateway.tests.site import Site, digest
@@ -105,6 +107,14 @@ def test_where_things_are_kept(site: Site, section: str, url: str, said: str) ->
     assert bool(found) == bool(said)
     assert said in "".join(found)
     assert "secret" not in "".join(found)
+
+
+def test_every_setting_is_described() -> None:
+    text = (Path(__file__).parents[1] / "README.md").read_text()
+    structs = [kind for kind in vars(settings).values() if isinstance(kind, type) and issubclass(kind, settings.Strict)]
+    names = {name for kind in structs for name in kind.__struct_fields__}
+    assert len(names) > 80
+    assert [name for name in sorted(names) if not re.search(rf"\b{name}\b", text)] == []
 
 
 def test_each_file_is_looked_at(site: Site) -> None:
