@@ -193,7 +193,7 @@ def test_many_waiters_of_one_user_do_not_keep_the_others_back() -> None:
         site.waiting(f"greedy{number}", user="greedy")
     site.now += 0.5
     site.waiting("modest", user="modest")
-    for _ in range(5):
+    for _ in range(10):
         site.leave()
     assert "modest" in site.log
 
@@ -411,10 +411,17 @@ def test_a_dead_worker_holds_no_slot(tmp_path: Path) -> None:
 
 # a simulation ---------------------------------------------------------------------------------------------------------
 class Simulation:
-    """Arrivals at a rate, an engine whose requests take about `service` seconds each, and what became of everyone."""
+    """Arrivals at a rate, an engine whose requests take about `service` seconds each, and what became of everyone.
 
-    def __init__(self, slots: int, service: float, queue: int = 256, max_wait: float = 30.0) -> None:
-        self.site = Site(slots=slots, queue=queue, max_wait=max_wait)
+    With two workers three of four requests come to the first one.
+    """
+
+    def __init__(self, slots: int, service: float, folder: Path | None = None) -> None:
+        self.boards = [Board(folder, number, 2) for number in (1, 2)] if folder is not None else [Board()]
+        self.sites = [Site(slots=slots, queue=256, max_wait=30.0, board=board) for board in self.boards]
+        self.site = self.sites[0]
+        self.served = [0] * len(self.sites)
+        self.most = 0
         self.slots = slots
         self.service = service
         self.random = random.Random(7)
@@ -429,24 +436,25 @@ class Simulation:
         self.serial += 1
         heapq.heappush(self.events, (when, self.serial, what, data))
 
-    def started(self, arrived: float) -> None:
-        self.waits.append((arrived, self.site.now - arrived))
-        self.at(self.site.now + self.service * self.random.uniform(0.5, 1.5), "end", self.site.now)
+    def started(self, site: Site, arrived: float) -> None:
+        self.waits.append((arrived, site.now - arrived))
+        self.served[self.sites.index(site)] += 1
+        self.at(site.now + self.service * self.random.uniform(0.5, 1.5), "end", (site, site.now))
 
-    def arrive(self) -> None:
-        simulation, arrived = self, self.site.now
+    def arrive(self, site: Site) -> None:
+        simulation, arrived = self, site.now
         self.serial += 1
 
         class One:
             def go(self) -> None:
-                simulation.started(arrived)
+                simulation.started(site, arrived)
 
             def refused(self, refusal: Refusal) -> None:
-                simulation.sheds.append((arrived, simulation.site.now - arrived))
+                simulation.sheds.append((arrived, site.now - arrived))
 
-        found = self.site.keeper.enter(One(), self.site.model, 0, str(self.serial), 0.0, arrived)
+        found = site.keeper.enter(One(), site.model, 0, str(self.serial), 0.0, arrived)
         if found is ADMITTED:
-            self.started(arrived)
+            self.started(site, arrived)
         elif found is not None:
             self.sheds.append((arrived, 0.0))
 
@@ -455,24 +463,33 @@ class Simulation:
         start = self.site.now
         for seconds, rate in plan:
             for number in range(int(seconds * rate)):
-                self.at(start + number / rate, "come")
+                self.at(start + number / rate, "come", number)
             start += seconds
-        end = start + 60.0
-        for number in range(int((end - self.site.now) / 0.02)):
+        for number in range(int((start + 60.0 - self.site.now) / 0.02)):
             self.at(self.site.now + number * 0.02, "tick" if number % 5 == 0 else "pump")
         while self.events:
-            self.site.now, _, what, data = heapq.heappop(self.events)
-            if what == "come":
-                self.arrive()
-            elif what == "end":
-                assert isinstance(data, float)
-                self.done += 1
-                self.site.leave(self.site.now - data)
-            elif what == "tick":
-                self.site.keeper.tick(self.site.now)
-            else:
-                self.site.keeper.pump(self.site.now)
-            self.idle += self.site.keeper.waiting > 0 and self.site.model.inflight < self.slots
+            now, _, what, data = heapq.heappop(self.events)
+            for site in self.sites:
+                site.now = now
+            self.happen(what, data, now)
+            inflight = sum(site.model.inflight for site in self.sites)
+            self.most = max(self.most, inflight)
+            self.idle += inflight < self.slots and any(site.keeper.waiting for site in self.sites)
+
+    def happen(self, what: str, data: object, now: float) -> None:
+        if what == "come":
+            assert isinstance(data, int)
+            self.arrive(self.sites[-1] if data % 4 == 3 else self.site)
+        elif what == "end":
+            assert isinstance(data, tuple)
+            self.done += 1
+            data[0].leave(now - data[1])
+        for board, site in zip(self.boards, self.sites, strict=True):
+            if what == "tick":
+                board.tick(now)
+                site.keeper.tick(now)
+            elif what == "pump":
+                site.keeper.pump(now)
 
     def percentile(self, low: float, high: float, share: float = 0.95) -> float:
         found = sorted(wait for arrived, wait in self.waits if low <= arrived - START < high)
@@ -500,6 +517,18 @@ def test_twenty_times_as_much_as_can_be_done() -> None:
     assert len(simulation.waits) == simulation.done
 
 
+def test_twenty_times_as_much_with_two_workers(tmp_path: Path) -> None:
+    simulation = Simulation(slots=8, service=0.5, folder=tmp_path)
+    simulation.run([(30, 12), (60, 320), (30, 12)])
+    assert simulation.most == 8
+    assert simulation.percentile(35, 90) <= 1.0
+    served = sum(1 for arrived, _ in simulation.waits if 30 <= arrived - START < 90)
+    assert served >= 0.95 * 60 * 16
+    assert simulation.served[1] >= 0.2 * sum(simulation.served)
+    assert sum(1 for arrived, _ in simulation.sheds if arrived - START >= 95) == 0
+    assert len(simulation.waits) == simulation.done
+
+
 def test_a_burst_is_no_overload() -> None:
     simulation = Simulation(slots=16, service=2.0)
     simulation.run([(30, 4), (1, 100), (30, 2)])  # a hundred at once are done in 12 s
@@ -516,7 +545,7 @@ def test_everyone_of_a_closed_circle_is_served() -> None:
     def again() -> None:
         nonlocal left
         left -= 1
-        simulation.at(site.now, "come")
+        simulation.at(site.now, "come", 0)
 
     for _ in range(100):
         again()

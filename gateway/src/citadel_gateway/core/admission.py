@@ -35,7 +35,7 @@ from citadel_gateway.settings import Admission
 
 HIGHEST = 9
 STEPS = 20  # priorities in a `max_wait`: so much earlier a request counts for each
-OWN, OWN_MOST = 0.01, 0.2  # of `max_wait`: so much later it counts for each waiter that its user has already
+OWN, OWN_MOST = 0.002, 0.04  # of the patience: so much later it counts for each waiter that its user has already
 OTHERS = 8  # every so many-th slot goes to a lower priority than the first waiter's, if such a one waits
 NEWER = 0.05  # weight of the newest measurement of how long a slot is held
 UNFAIR = 0.1  # seconds that another worker's waiter may be ahead of ours before we leave a slot to it
@@ -221,9 +221,8 @@ class Lane:
     # the queue ------------------------------------------------------------------------------------------------------
     def place(self, user: str, priority: int, now: float) -> float:
         """Where a request belongs in the order."""
-        longest = self.settings.max_wait
         own = min(self.users[user] * OWN, OWN_MOST) if user else 0.0
-        return now + longest * ((HIGHEST - priority) / STEPS + own)
+        return now + self.settings.max_wait * (HIGHEST - priority) / STEPS + self.patience() * own
 
     def insert(self, entry: Entry) -> None:
         insort(self.queue, (entry.order, entry.serial, entry))
