@@ -92,6 +92,22 @@ def test_a_server_of_several_models_is_a_backend_of_each() -> None:
     assert found.apply(snapshot(Model("a", (there,))), 1.0) == [two]
 
 
+def test_an_engine_that_stops_leaves_the_model_to_other_hosts() -> None:
+    found = Catalogue(5.0)
+    entry = Model("a", (Address("h", 1), Address("h2", 8000, gateway=True)))
+    found.apply(snapshot(entry, draining={"a": ["engine"]}), 0.0)
+    model = found.models["a"]
+    here, there = model.backends
+    assert (model.state(), model.local_state()) == ("up", "draining")
+    assert (here.health.usable(1.0), there.health.usable(1.0), model.usable(1.0)) == (False, True, True)
+    found.apply(snapshot(entry, draining={"a": ["engine", "operator"]}), 0.0)
+    assert (model.state(), model.local_state(), here.health.usable(1.0)) == ("draining", "draining", True)
+    found.apply(snapshot(entry), 0.0)
+    assert (model.local_state(), here.health.usable(1.0)) == ("up", True)
+    here.health.failed(1.0)
+    assert (model.state(), model.local_state()) == ("up", "down")
+
+
 # what is measured -----------------------------------------------------------------------------------------------------
 def backend(board: Board | None = None, **more: Any) -> Backend:
     return Backend("h", 1, Health(5.0, 0.0), board=board, **more)

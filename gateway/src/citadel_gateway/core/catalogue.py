@@ -7,6 +7,7 @@ from typing import Any
 
 from citadel_gateway.core.board import INFLIGHT, TOKENS, Board
 from citadel_gateway.core.health import Health
+from citadel_gateway.records import Candidate, Why
 from citadel_gateway.settings import Address, Capability, Price, Routing
 from citadel_gateway.settings import Key as KeyEntry
 from citadel_gateway.settings import Model as ModelEntry
@@ -54,7 +55,7 @@ class Backend:
 
     __slots__ = (
         "busy", "capabilities", "first", "gateway", "health", "host", "idle", "inflight", "label", "last", "made",
-        "model", "path", "per_token", "pool", "port", "row", "seed", "spent", "stamp", "tokens", "weight",
+        "model", "path", "per_token", "plain", "pool", "port", "row", "seed", "spent", "stamp", "tokens", "weight",
     )  # fmt: skip
 
     def __init__(
@@ -86,6 +87,7 @@ class Backend:
         self.idle = 0.0  # until when it last had nothing to do
         self.first = PeakEwma()  # seconds to the first byte of a reply
         self.per_token = PeakEwma()  # seconds of a request for a generated token
+        self.plain = Why(candidates=(Candidate(model, self.label, 0.0, "only"),))  # of a request without a choice
         self.spent = 0.0
         self.stamp = 0.0
         self.busy = 0.0  # our share of the engine's time
@@ -195,6 +197,13 @@ class Model:
             return "draining"
         return "up" if any(backend.health.up for backend in self.backends) else "down"
 
+    def local_state(self) -> str:
+        """What it is on this host, which is what the gateways of other hosts want to know."""
+        here = [backend.health for backend in self.backends if not backend.gateway]
+        if self.draining or (here and all(health.resting for health in here)):
+            return "draining"
+        return "up" if any(health.up and not health.resting for health in here) else "down"
+
     def usable(self, now: float) -> bool:
         """Whether one of its backends can take a request now."""
         single = self.single
@@ -250,7 +259,7 @@ class Catalogue:
         for entry in snapshot.models:
             model = self.models.get(entry.name) or Model(entry.name)
             self.fill(model, entry, gone, now)
-            model.draining = bool(snapshot.draining.get(entry.name))
+            drain(model, snapshot.draining.get(entry.name, []))
             models[entry.name] = model
         self.models = models
         self.by_name = {name: model for model in models.values() for name in (model.name, *model.aliases)}
@@ -293,6 +302,15 @@ class Catalogue:
             backends.append(backend)
         model.backends = tuple(backends)
         model.single = backends[0] if len(backends) == 1 else None
+
+
+def drain(model: Model, reasons: list[str]) -> None:
+    """An operator drains the model; an engine that stops only itself, where other hosts have replicas."""
+    elsewhere = any(backend.gateway for backend in model.backends)
+    local = reasons == ["engine"] and elsewhere
+    model.draining = bool(reasons) and not local
+    for backend in model.backends:
+        backend.health.resting = local and not backend.gateway
 
 
 def identity(model: Model, address: Address) -> str:

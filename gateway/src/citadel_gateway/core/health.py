@@ -42,14 +42,15 @@ class Health:
 
     __slots__ = (
         "backoff", "bad", "bad_before", "circuit", "doubted", "due", "ejected", "flaps", "good", "good_before", "hold",
-        "in_a_row", "interval", "opened", "openings", "probing", "routing", "silent", "since", "trial", "until", "up",
-        "went_down", "window",
+        "in_a_row", "interval", "opened", "openings", "probing", "resting", "routing", "silent", "since", "trial",
+        "until", "up", "went_down", "window",
     )  # fmt: skip
 
     def __init__(self, interval: float, now: float, routing: Routing | None = None) -> None:
         self.interval = interval
         self.routing = routing or Routing()
         self.up = True
+        self.resting = False  # it is about to stop, and gets no new requests
         self.since = -1e9  # when it began to be well; its weight grows from then on
         self.due = now
         self.backoff = FIRST_RETRY
@@ -72,7 +73,9 @@ class Health:
     # what the router asks -------------------------------------------------------------------------------------------
     def usable(self, now: float) -> bool:
         """Whether a request may be sent to it, be it as the one trial of an open circuit."""
-        return self.up and (self.circuit == CLOSED or (not self.trial and now >= self.until))
+        if not self.up or self.resting:
+            return False
+        return self.circuit == CLOSED or (not self.trial and now >= self.until)
 
     def ramp(self, now: float) -> float:
         """How much of its weight counts: less than 1 for a while after it came back."""

@@ -53,6 +53,12 @@ class Query(Struct):
     preferred: str = ""  # the model that would have answered if all were well
     trail: Trail | None = None
 
+    def plain(self) -> bool:
+        """Nothing was decided and nothing about the request could have decided: the one replica was taken."""
+        return self.trail is None and not (
+            self.policy or self.preferred or self.language or self.tag or self.tools or self.budget_usd
+        )
+
     def note(self, model: str, backend: str, score: float, note: str) -> None:
         if self.trail is None:
             self.trail = []
@@ -320,7 +326,7 @@ class Router:
         elif single.health.usable(now):
             return single
         else:
-            query.note(model.name, single.label, 0.0, "open" if single.health.up else "down")
+            query.note(model.name, single.label, 0.0, state(single))
         return None
 
     def among(self, model: Model, query: Query, tried: tuple[Backend, ...], now: float) -> Backend | None:
@@ -332,7 +338,7 @@ class Router:
             elif backend.health.usable(now):
                 usable.append(backend)
             else:
-                query.note(model.name, backend.label, 0.0, "open" if backend.health.up else "down")
+                query.note(model.name, backend.label, 0.0, state(backend))
         if len(usable) > 1:
             usable = self.better(model, usable, query)
         if len(usable) < 2:
@@ -447,6 +453,12 @@ class Router:
 def unavailable(name: str) -> Refusal:
     message = f"The model {name!r} is not available at the moment"
     return Refusal(503, "model_unavailable", message, retry_after=RETRY_DOWN, outcome="unavailable")
+
+
+def state(backend: Backend) -> str:
+    """Why it cannot be asked."""
+    health = backend.health
+    return "draining" if health.resting else "open" if health.up else "down"
 
 
 def capable(model: Model, query: Query) -> bool:
