@@ -178,7 +178,7 @@ def test_the_states_of_a_request(of: Fixture) -> None:
     (line,) = of.lines
     path, size = "/v1/chat/completions", len(BODY)
     assert line == Line(
-        1000.0, ticket.id.decode(), "k-free", "one", path, 200, True, size, 0, 1000.0, 2000.0, "10.0.0.1", "ok"
+        1000.0, ticket.id, "k-free", "one", path, 200, True, size, 0, 1000.0, 2000.0, "10.0.0.1", "ok"
     )
 
 

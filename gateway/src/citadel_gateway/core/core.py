@@ -19,7 +19,7 @@ from citadel_gateway.core.admission import Gatekeeper, Shed, Waiter
 from citadel_gateway.core.board import Board
 from citadel_gateway.core.catalogue import Backend, Catalogue, Model
 from citadel_gateway.core.health import CLOSED, HALF_OPEN, NEUTRAL, SERVED
-from citadel_gateway.core.keyring import Caller, KeyRing
+from citadel_gateway.core.keyring import Caller, KeyRing, Person
 from citadel_gateway.core.limits import Denied, Limiter, Reservation
 from citadel_gateway.core.routing import Query, Router, unavailable
 from citadel_gateway.core.ticket import (
@@ -77,10 +77,10 @@ class Core:
         self.record = record
         self.journal = journal
         self.wall = wall
-        self.prefix = os.urandom(6).hex().encode()
+        self.prefix = os.urandom(6).hex()
         self.serial = 0
         self.open = 0  # tickets that are not settled yet
-        self.running: dict[bytes, Ticket] = {}  # those that the journal knows as open
+        self.running: dict[str, Ticket] = {}  # those that the journal knows as open
 
     def apply(self, snapshot: Snapshot, now: float) -> list[Backend]:
         """New models, keys, policies and drain states; the backends that are gone."""
@@ -102,11 +102,13 @@ class Core:
     def receive(self, offered_id: bytes, endpoint: str, path: bytes, client: str, now: float, bytes_in: int) -> Ticket:
         """A ticket for a request; the id that is shown is the client's if that is a harmless one, else ours."""
         self.serial += 1
-        own = b"%b-%x" % (self.prefix, self.serial)
-        if not offered_id or REQUEST_ID.fullmatch(offered_id) is None:
-            offered_id = own
+        own = name = f"{self.prefix}-{self.serial:x}"
+        if offered_id and REQUEST_ID.fullmatch(offered_id) is not None:
+            name = offered_id.decode()
+        else:
+            offered_id = own.encode()
         self.open += 1
-        return Ticket(own, offered_id, endpoint, path, client, now, self.wall(), bytes_in)
+        return Ticket(own, name, offered_id, endpoint, path, client, now, self.wall(), bytes_in)
 
     def authenticate(self, authorization: bytes) -> Caller:
         """The key of an `Authorization` header. Raises 401, or 403 for a key that may not generate."""
@@ -171,11 +173,13 @@ class Core:
         key = ticket.key
         assert key is not None
         if isinstance(found, Denied):
-            self.show_limits(ticket, key)
+            key.person.shown_until = 0.0
+            self.show_limits(ticket, key.person, now)
+            ticket.remaining = self.limiter.remaining(key.person)
             raise self.denied(ticket, found)
         ticket.reservation = found
         ticket.overage = found.overage
-        self.show_limits(ticket, key)
+        self.show_limits(ticket, key.person, now)
         if found.degrade and key.person.tier.degrade_to:
             query = ticket.query
             assert query is not None
@@ -183,11 +187,12 @@ class Core:
             query.asked = key.person.tier.degrade_to
             self.resolve(ticket, now)
 
-    def show_limits(self, ticket: Ticket, key: Caller) -> None:
-        person = key.person
-        lines = [b"%b: %b\r\n" % line for line in self.limiter.headers(person)]
-        ticket.lines += b"".join(lines)
-        ticket.remaining = self.limiter.remaining(person)
+    def show_limits(self, ticket: Ticket, person: Person, now: float) -> None:
+        """The header lines of the limits; of one that is great they may be a moment old."""
+        if now >= person.shown_until:
+            person.shown = b"".join([b"%b: %b\r\n" % line for line in self.limiter.headers(person)])
+            person.shown_until = now + person.shown_for
+        ticket.lines += person.shown
 
     def denied(self, ticket: Ticket, found: Denied) -> Refusal:
         model = ticket.model.name if ticket.model is not None else "other"
@@ -466,8 +471,8 @@ class Core:
         first = ticket.first - ticket.started if ticket.first else 0.0
         self.journal(
             Settled(
-                ticket.id.decode(),
-                ticket.request_id.decode(),
+                ticket.id,
+                ticket.name,
                 ticket.at,
                 self.host,
                 self.number,
@@ -506,7 +511,10 @@ class Core:
         )
 
     def why(self, ticket: Ticket, query: Query) -> Why:
-        found = self.router.why(query, ticket.model, ticket.tried[-1] if ticket.tried else None)
+        backend = ticket.tried[-1] if ticket.tried else None
+        if backend is not None and query.plain() and not (ticket.limit or ticket.ahead or ticket.degraded_from):
+            return backend.plain
+        found = self.router.why(query, ticket.model, backend)
         more: dict[str, object] = {}
         if ticket.limit:
             more["limit"] = ticket.limit
@@ -527,7 +535,7 @@ class Core:
         self.record(
             Line(
                 self.wall(),
-                ticket.request_id.decode(),
+                ticket.name,
                 key.id if key is not None else "",
                 model.name if model is not None else "",
                 ticket.path.decode("latin-1"),
@@ -552,8 +560,8 @@ class Core:
         self.running[ticket.id] = ticket
         self.journal(
             Opened(
-                ticket.id.decode(),
-                ticket.request_id.decode(),
+                ticket.id,
+                ticket.name,
                 ticket.at,
                 self.host,
                 self.number,
@@ -583,14 +591,14 @@ class Core:
                 if backend is not None:
                     backend.advance(now)
                     seconds_so_far += backend.spent - ticket.engine
-                rows.append(Running(ticket.id.decode(), used.input, used.output, seconds_so_far))
+                rows.append(Running(ticket.id, used.input, used.output, seconds_so_far))
         if rows:
             self.journal(Progress(self.wall(), tuple(rows)))
 
     def note_probe(self, backend: Backend, input_tokens: int, output_tokens: int, taken: float) -> None:
         """A probe that generated is a request of the gateway's own."""
         self.serial += 1
-        name = (b"%b-%x" % (self.prefix, self.serial)).decode()
+        name = f"{self.prefix}-{self.serial:x}"
         cost, parts = self.router.prices.cost(backend.model, input_tokens, output_tokens, 0, taken)
         self.journal(
             Settled(

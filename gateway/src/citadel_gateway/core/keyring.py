@@ -8,13 +8,17 @@ from citadel_gateway.settings import Tier, User
 from citadel_gateway.snapshot import Snapshot
 
 FOREVER = float("inf")
+GREAT = 6000  # requests, or thousands of tokens, in a minute
 DEFAULT_OUTPUT = 1024  # tokens, for a request that names no number where tokens are limited
 
 
 class Person:
     """A user with a tier. Limits are counted by `id`, whatever key is used."""
 
-    __slots__ = ("account", "id", "limited", "most", "priority", "tier", "tokens_limited", "use_case")
+    __slots__ = (
+        "account", "id", "limited", "most", "priority", "shown", "shown_for", "shown_until", "tier", "tokens_limited",
+        "use_case",
+    )  # fmt: skip
 
     def __init__(self, entry: User, tier: Tier) -> None:
         self.id = entry.id
@@ -24,6 +28,11 @@ class Person:
         self.priority = tier.priority
         self.tokens_limited = bool(tier.tokens_per_minute or tier.tokens_per_day or tier.tokens_per_month)
         self.limited = self.tokens_limited or bool(tier.requests_per_minute or tier.concurrency)
+        # header lines of the limits: of small ones each request counts, and they are made anew for each
+        self.shown = b""
+        self.shown_until = 0.0
+        small = min(tier.requests_per_minute or GREAT, (tier.tokens_per_minute or GREAT) // 1000) < GREAT
+        self.shown_for = 0.0 if small else 0.1
         self.most = tier.max_output_tokens or DEFAULT_OUTPUT
 
 

@@ -46,7 +46,8 @@ class Ticket(Struct, eq=False):
     Times are those of the monotonic clock, but for `at`.
     """
 
-    id: bytes
+    id: str
+    name: str  # the request id as text
     request_id: bytes
     endpoint: str
     path: bytes

@@ -282,7 +282,7 @@ class Gate:
     # the worker's own answers ---------------------------------------------------------------------------------------
     def answer_health(self, front: "Front", path: bytes) -> None:
         """Neither counted nor logged: balancers ask every second."""
-        ticket = Ticket(b"", b"", "other", path, front.peer, 0.0, 0.0, 0)
+        ticket = Ticket("", "", b"", "other", path, front.peer, 0.0, 0.0, 0)
         states = [model.state() for model in self.core.catalogue.models.values()]
         counts = {state: states.count(state) for state in ("up", "down", "draining")}
         ready = path == HEALTHZ or (bool(counts["up"]) and not self.stopping)
