@@ -257,6 +257,21 @@ def test_a_hole_in_a_dead_workers_segment_is_passed_over(
     assert settler.counts["damaged"] == 0
 
 
+def test_a_worker_that_starts_in_vain_leaves_nothing(
+    settler: Settler, settings: Gateway, database: Database, clock: Clock
+) -> None:
+    for start in range(5):
+        FakeJournal(folder_of(settings), start=start).die()
+    one = FakeJournal(folder_of(settings), start=9)
+    one.write(settled("a-1"), settled("a-2"))
+    one.die()
+    work(settler, clock)
+    assert set(ledger(database)) == {"a-1", "a-2"}
+    (left,) = folder_of(settings).iterdir()
+    assert left.name == "test-w1-9-0.jsonl"
+    assert left.read_bytes() == encode(settled("a-1")) + b"\n" + encode(settled("a-2")) + b"\n"
+
+
 def test_a_line_longer_than_a_chunk(
     settler: Settler, settings: Gateway, database: Database, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:

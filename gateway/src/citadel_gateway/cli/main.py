@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from citadel_gateway import __version__
-from citadel_gateway.cli import evaluate, laptop, local, people, replay
+from citadel_gateway.cli import evaluate, laptop, ledger, local, people, replay
 from citadel_gateway.cli.client import Failed
 from citadel_gateway.cli.commands import Bare, Commands, Run
 from citadel_gateway.cli.local import EX_CONFIG
@@ -22,6 +22,7 @@ def build_parser() -> argparse.ArgumentParser:
     laptop.add(commands)
     people.add(commands)
     evaluate.add(commands)
+    ledger.add(commands)
     replay.add(commands)
     return parser
 

@@ -9,9 +9,13 @@ import fcntl
 import os
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+import msgspec
+
+from citadel_gateway.records import Opened, Record, Settled, decode
 from citadel_gateway.settings import Gateway
 
 NAME = re.compile(r"(?P<group>.+-w\d+-\d+)-(?P<number>\d+)\.jsonl")
@@ -38,6 +42,7 @@ class Segment:
         self.number = number
         self.position = position
         self.saved = position  # what the database knows
+        self.used = position  # where the last line ends that was read
         self.open: dict[str, int] = {}  # id -> where its Opened begins, in the order of the file
         self.settled = 0  # since it was last saved
         self.damaged = 0
@@ -84,6 +89,14 @@ class Segment:
                 if end >= 0:
                     break
         return bytes(data)
+
+    def shrink(self) -> None:
+        """Give the zeros after the last line back; a segment without any line goes as a whole."""
+        with suppress(FileNotFoundError):
+            if not self.used:
+                self.path.unlink()
+            elif self.path.stat().st_size > self.used:
+                os.truncate(self.path, self.used)
 
     def close(self) -> None:
         if self.descriptor >= 0:
@@ -136,9 +149,10 @@ class Folder:
         return (segment for segments in list(self.groups.values()) for segment in segments)
 
     def drop(self, segments: Iterable[Segment]) -> None:
-        """These are done."""
+        """These are done. Who restarts again and again must not fill the disk with segments made beforehand."""
         for segment in segments:
             segment.close()
+            segment.shrink()
             self.finished.add(segment.name)
             self.groups[segment.group].remove(segment)
             if not self.groups[segment.group]:
@@ -169,3 +183,52 @@ def names(folder: Path) -> list[str]:
         return [path.name for path in folder.iterdir()]
     except FileNotFoundError:
         return []  # no worker has written anything yet
+
+
+class Survey:
+    """What all segments of a folder say, read from their beginnings: for `ledger check`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.opened: set[str] = set()
+        self.settled: dict[str, int] = {}
+        self.damaged = 0
+        self.living = False
+        looked = Folder(folder)
+        looked.look({})
+        for segment in looked:
+            self.living = segment.locked() or self.living
+        for segment in looked:
+            while True:
+                found, position = segment.read(final=not self.living)
+                for line in found:
+                    self.take(line.data)
+                if position == segment.position:
+                    break
+                segment.position = position
+        looked.close()
+
+    def take(self, raw: bytes) -> None:
+        record = decoded(raw)
+        if isinstance(record, Settled):
+            self.settled[record.id] = self.settled.get(record.id, 0) + 1
+        elif isinstance(record, Opened):
+            self.opened.add(record.id)
+        elif record is None:
+            self.damaged += 1
+
+    @property
+    def twice(self) -> list[str]:
+        return sorted(name for name, count in self.settled.items() if count > 1)
+
+    @property
+    def unsettled(self) -> list[str]:
+        return sorted(self.opened - self.settled.keys())
+
+
+def decoded(raw: bytes) -> Record | None:
+    """A line of the journal; None for one that is damaged."""
+    try:
+        record: Record = decode(raw)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return None
+    return record

@@ -11,15 +11,14 @@ import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
-import msgspec
 from sqlalchemy import Connection
 from sqlalchemy.exc import DataError, IntegrityError, SQLAlchemyError
 
-from citadel_gateway.control.segments import Folder, Segment, folder_of
+from citadel_gateway.control.segments import Folder, Segment, decoded, folder_of
 from citadel_gateway.control.sql import book
 from citadel_gateway.control.sql.engine import Database, DatabaseAwayError, is_away, reason
 from citadel_gateway.core.pricing import Prices
-from citadel_gateway.records import Opened, Progress, Running, Settled, decode, encode
+from citadel_gateway.records import Opened, Progress, Running, Settled, encode
 from citadel_gateway.settings import Gateway
 
 log = logging.getLogger("citadel_gateway")
@@ -240,6 +239,7 @@ class Settler:
             lines, position = segment.read(final)
             for line in lines:
                 self.take(segment, line.start, line.data)
+                segment.used = line.start + len(line.data) + 1
             if position == segment.position:
                 if final and not segment.open:
                     segment.done = True
@@ -414,11 +414,3 @@ class Settler:
         if gone:
             with self.database.begin() as connection:
                 book.forget_offsets(connection, gone)
-
-
-def decoded(raw: bytes) -> Opened | Progress | Settled | None:
-    try:
-        record: Opened | Progress | Settled = decode(raw)
-    except (msgspec.DecodeError, UnicodeDecodeError):
-        return None
-    return record

@@ -144,15 +144,27 @@ class Database:
     def migrate(self) -> None:
         """Make the schema and bring its tables up to date; one process at a time."""
         with self.lock:
-            if self.ready:
-                return
-            if self.sqlite and self.url.database not in (None, "", ":memory:"):
-                Path(str(self.url.database)).touch(mode=0o640)  # the ledger is nobody else's to read
-            with self.engine.connect() as connection, connection.begin():
-                if not self.sqlite:
-                    make_schema(connection, self.settings.schema)
-                upgrade(connection)
-            self.ready = True
+            if not self.ready:
+                self._upgrade()
+
+    def upgrade(self) -> tuple[str, str]:
+        """`migrate` for an operator: the revisions before (empty: none) and after. Raises `DatabaseAwayError`."""
+        try:
+            return self._upgrade()
+        except (DBAPIError, PoolTimeoutError) as error:
+            if not is_away(error):
+                raise
+            raise DatabaseAwayError(reason(error)) from error
+
+    def _upgrade(self) -> tuple[str, str]:
+        if self.sqlite and self.url.database not in (None, "", ":memory:"):
+            Path(str(self.url.database)).touch(mode=0o640)  # the ledger is nobody else's to read
+        with self.engine.connect() as connection, connection.begin():
+            if not self.sqlite:
+                make_schema(connection, self.settings.schema)
+            found = upgrade(connection)
+        self.ready = True
+        return found
 
     def healthy(self) -> bool:
         """Whether the database answers."""

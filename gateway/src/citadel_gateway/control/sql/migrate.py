@@ -23,8 +23,9 @@ def configuration(connection: Connection) -> Config:
     return config
 
 
-def upgrade(connection: Connection) -> str:
-    """Inside the caller's transaction, so that a migration that fails leaves nothing. The revision the tables have.
+def upgrade(connection: Connection) -> tuple[str, str]:
+    """Inside the caller's transaction, so that a migration that fails leaves nothing. The revisions of the tables
+    before (empty: there were none) and after.
 
     Tables of a newer release are left as they are: during a rolling upgrade the older control process goes on with
     them, because a release only adds to what the one before it uses.
@@ -34,13 +35,13 @@ def upgrade(connection: Connection) -> str:
     current = MigrationContext.configure(connection).get_current_revision()
     head = str(script.get_current_head())
     if current == head:
-        return head
+        return head, head
     if current is not None:
         try:
             script.get_revision(current)
         except CommandError:
             log.warning("the database has the tables of a newer release (%s)", current)
-            return current
+            return current, current
     command.upgrade(config, "head")
     log.info("the database's tables are at revision %s", head)
-    return head
+    return current or "", head

@@ -184,3 +184,13 @@ def exact(row: Row[Any], names: Sequence[str]) -> dict[str, int]:
     """Whole numbers, money in nano-dollars."""
     found = row._mapping
     return {name: round(found[name] * NANO) if name == "cost_usd" else int(found[name]) for name in names}
+
+
+def missing(connection: Connection, names: Sequence[str]) -> list[str]:
+    """Those ids that are not in the ledger."""
+    found: list[str] = []
+    for start in range(0, len(names), PAGE):
+        part = names[start : start + PAGE]
+        known = set(connection.execute(select(requests.c.id).where(requests.c.id.in_(part))).scalars())
+        found += [name for name in part if name not in known]
+    return found
