@@ -23,6 +23,7 @@ from strawberry.http import process_result
 from strawberry.http.exceptions import NonJsonMessageReceived
 from strawberry.subscriptions import GRAPHQL_TRANSPORT_WS_PROTOCOL
 from strawberry.types import ExecutionResult
+from strawberry.types.unset import UNSET, UnsetType
 
 from citadel_gateway.control.auth import Scoped
 from citadel_gateway.control.graphql.context import THREADS, Context
@@ -194,7 +195,7 @@ class View(GraphQL[Context, None]):
             allowed_origins=("*",),  # looked at before, by the settings
         )
 
-    async def on_ws_connect(self, context: Context) -> None:
+    async def on_ws_connect(self, context: Context) -> UnsetType | dict[str, object] | None:
         """The key of the payload of connection_init, where no header can be sent: {"Authorization": "Bearer KEY"}."""
         payload = context.connection_params or {}
         given = payload.get("Authorization", payload.get("authorization"))
@@ -206,6 +207,8 @@ class View(GraphQL[Context, None]):
                 context.state.parts["lines"].belongs(context.line, context.key.id)
         except Refusal as error:
             raise ConnectionRejectionError from error
+        nothing: UnsetType = UNSET  # acknowledged without a payload
+        return nothing
 
 
 @router.websocket(PATH)

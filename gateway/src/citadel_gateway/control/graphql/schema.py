@@ -6,7 +6,7 @@ from typing import Any
 
 import strawberry
 from graphql import DocumentNode, GraphQLError, OperationDefinitionNode
-from strawberry.extensions import ParserCache, SchemaExtension
+from strawberry.extensions import SchemaExtension
 from strawberry.schema.config import StrawberryConfig
 from strawberry.types import ExecutionContext
 
@@ -21,7 +21,6 @@ from citadel_gateway.errors import Refusal
 log = logging.getLogger("citadel_gateway")
 
 VARIABLES_DEPTH = 20
-PARSED = 100  # documents that are kept taken apart
 
 
 class Limits(SchemaExtension):
@@ -72,7 +71,7 @@ schema = Schema(
     Query,
     Mutation,
     Subscription,
-    extensions=[Faults, Limits, lambda: ParserCache(maxsize=PARSED)],
+    extensions=[Faults, Limits],
     config=StrawberryConfig(auto_camel_case=True, disable_field_suggestions=True),
 )
 graphql_schema = schema._schema  # strawberry has no public name for it
