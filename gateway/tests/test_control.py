@@ -10,11 +10,12 @@ import pytest
 import uvicorn
 from citadel_gateway import snapshot
 from citadel_gateway.control.app import make_app
-from citadel_gateway.control.sql.tables import keys
+from citadel_gateway.control.sql.tables import keys, overrides, users
 from citadel_gateway.control.state import State
 from citadel_gateway.control.stored import bump
 from citadel_gateway.metrics import Metrics, encode
 from citadel_gateway.settings import Gateway, Key
+from sqlalchemy import text
 
 from gateway.tests import fake_engine
 from gateway.tests.client import ADMIN, KEY, Reply, Wire, head_of, until
@@ -203,12 +204,30 @@ def test_people_that_cannot_be_read_change_nothing(site: Site, caplog: pytest.Lo
     assert state.poll()
     assert not state.poll()
     with state.database.begin() as connection:
+        connection.execute(text("ALTER TABLE keys RENAME TO other"))
         bump(connection)
-        row = {"id": "bad", "user_id": "bad", "sha256": "x", "scopes": ["root"], "models": ["*"]}
-        connection.execute(keys.insert().values(row))
     assert not state.poll()
     assert not state.poll()
     assert caplog.text.count("users and keys cannot be read") == 1
+
+
+def test_a_row_of_a_newer_release_holds_up_nothing(site: Site, caplog: pytest.LogCaptureFixture) -> None:
+    site.model("one", 1)
+    state = State(site.settings)
+    state.look()
+    rows = [
+        {"id": "new", "user_id": "ann", "sha256": digest("new"), "scopes": ["teleport"], "models": ["*"]},
+        {"id": "old", "user_id": "ann", "sha256": digest("old"), "scopes": ["inference"], "models": ["*"]},
+    ]
+    with state.database.begin() as connection:
+        bump(connection)
+        connection.execute(users.insert().values(id="ann"))
+        connection.execute(keys.insert(), rows)
+        connection.execute(overrides.insert().values(kind="orbit", name="one", value=1))
+    assert state.poll()
+    assert [key.id for key in state.people.keys] == ["old"]
+    assert state.people.overrides == ()
+    assert "left out of key: Invalid enum value 'teleport'" in caplog.text
 
 
 def test_whose_key_it_is(site: Site) -> None:

@@ -105,7 +105,14 @@ def given_key(options: argparse.Namespace) -> str:
 
 def client_of(settings: Gateway, options: argparse.Namespace) -> Client:
     """The client of a command with `add_key_options`."""
-    return Client(settings, given_key(options) or read_key(local_key_path(settings)))
+    return Client(settings, given_key(options) or local_key(settings))
+
+
+def local_key(settings: Gateway) -> str:
+    path = local_key_path(settings)
+    if not path.exists() and os.access(path.parent, os.X_OK):
+        raise ConfigError(f"{path}: not there: the control process makes it when it starts")
+    return read_key(path)
 
 
 def read_key(path: str | Path) -> str:

@@ -15,7 +15,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
-import msgspec
 from sqlalchemy.exc import SQLAlchemyError
 
 from citadel_gateway.control.sql import Database, DatabaseAwayError
@@ -104,7 +103,7 @@ class State:
                 people = read_people(connection)
         except DatabaseAwayError:
             return False  # said by the database, once
-        except (SQLAlchemyError, msgspec.ValidationError) as error:
+        except SQLAlchemyError as error:
             if str(error) != self.unreadable:
                 log.error("users and keys cannot be read: %s", error)
             self.unreadable = str(error)

@@ -1,15 +1,20 @@
 """Users, keys and run-time changes as rows of the database."""
 
+import logging
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import msgspec
-from sqlalchemy import Connection, select
+from sqlalchemy import Connection, Select, select
 
 from citadel_gateway.control.sql.tables import audit, changes, keys, overrides, users
 from citadel_gateway.overrides import Override
 from citadel_gateway.settings import Key, User
 from citadel_gateway.snapshot import People
+
+log = logging.getLogger("citadel_gateway")
+Row = TypeVar("Row", User, Key, Override)
 
 
 def read_version(connection: Connection) -> int:
@@ -26,20 +31,30 @@ def bump(connection: Connection) -> None:
 def read_people(connection: Connection) -> People:
     """Everything that workers are to know. The version is read first: what changes meanwhile is seen next time."""
     version = read_version(connection)
-    people = tuple(user_of(row) for row in connection.execute(select(users).order_by(users.c.id)).mappings())
     valid = select(keys).where(keys.c.revoked_at == 0).order_by(keys.c.id)
     return People(
         version,
-        people,
-        tuple(key_of(row) for row in connection.execute(valid).mappings()),
+        understood(connection, select(users).order_by(users.c.id), user_of),
+        understood(connection, valid, key_of),
         read_overrides(connection),
     )
 
 
 def read_overrides(connection: Connection) -> tuple[Override, ...]:
-    rows = connection.execute(select(overrides).order_by(overrides.c.at)).mappings()
-    names = Override.__struct_fields__
-    return tuple(msgspec.convert({name: row[name] for name in names}, Override) for row in rows)
+    return understood(connection, select(overrides).order_by(overrides.c.at), override_of)
+
+
+def understood(connection: Connection, query: Select[Any], kind: Callable[[Any], Row]) -> tuple[Row, ...]:
+    """The rows that this release understands. One of a newer release, during an upgrade, counts as none: it must not
+    hold up the revocation of another.
+    """
+    found = []
+    for row in connection.execute(query).mappings():
+        try:
+            found.append(kind(row))
+        except msgspec.ValidationError as error:
+            log.error("left out of %s: %s", kind.__name__.removesuffix("_of"), error)
+    return tuple(found)
 
 
 def user_of(row: Any) -> User:
@@ -49,6 +64,10 @@ def user_of(row: Any) -> User:
 def key_of(row: Any) -> Key:
     entry = {name: row[name] for name in ("id", "sha256", "scopes", "models", "use_case")}
     return msgspec.convert(entry | {"user": row["user_id"], "expires": row["expires_at"]}, Key)
+
+
+def override_of(row: Any) -> Override:
+    return msgspec.convert({name: row[name] for name in Override.__struct_fields__}, Override)
 
 
 class Actor(msgspec.Struct, frozen=True):
