@@ -230,6 +230,8 @@ class WorkerServer(uvicorn.Server):
             self.worker.tick(counter, fronts)
         for task in tuple(gate.probes):
             task.cancel()
+        for pool in (gate.control, *(backend.pool for backend in gate.core.catalogue.backends.values())):
+            pool.close()
         self.worker.close()
         log.info("worker %d has ended", self.worker.number)
 
