@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from datetime import UTC, date, datetime, timedelta
 from typing import Annotated, Any, Literal
@@ -342,7 +342,20 @@ async def lifespan(state: State) -> AsyncIterator[None]:
     state.parts["settler"] = settler
     settler.within(conversations.within(state))
     state.pages.append(lambda: page(settler, state))
+    close = trace(state, settler)
     settler.start()
     yield
     await asyncio.to_thread(settler.stop)  # it reads what there is, and may wait for the database
+    await asyncio.to_thread(close)
     books.close()
+
+
+def trace(state: State, settler: Settler) -> Callable[[], None]:
+    """Send traces if they are wanted; what ends it. OpenTelemetry is loaded only then."""
+    if not state.settings.telemetry.endpoint:
+        return lambda: None
+    from citadel_gateway.control.telemetry import Telemetry
+
+    telemetry = Telemetry(state.settings)
+    settler.subscribe(telemetry.take)
+    return telemetry.close
