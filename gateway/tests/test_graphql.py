@@ -72,10 +72,10 @@ def fill(served: Served) -> None:
 
 
 async def test_who_am_i(served: Served) -> None:
-    found = await data(served, "{ me { user key scopes models tier { name overage } } }")
+    found = await data(served, "{ me { user key scopes models tier { name overage } limits { name limit used } } }")
     assert found["me"] == {
         "user": "ann", "key": "ann-key", "scopes": ["inference"], "models": ["*"],
-        "tier": {"name": "unlimited", "overage": "block"},
+        "tier": {"name": "unlimited", "overage": "block"}, "limits": [],
     }  # fmt: skip
 
 
@@ -118,7 +118,9 @@ async def test_requests(served: Served) -> None:
     assert page["nodes"] == [{"id": "b1", "model": "one", "useCase": "support"}]
     assert (await data(served, '{ requests(user: "bob") { nodes { id } } }'))["requests"]["nodes"] == []
     assert await refused(served, '{ requests(before: "zz") { next } }') == "invalid_request"
-    for query in ('{ request(id: "b1") { id } }', '{ why(id: "b1") { policy } }'):
+    (story,) = (await data(served, '{ why(id: "r1") { story state whole } }'))["why"]["story"][:1]
+    assert "ann" in story
+    for query in ('{ request(id: "b1") { id } }', '{ why(id: "b1") { story } }'):
         assert list((await data(served, query)).values()) == [None]
         assert list((await data(served, query, "root")).values()) != [None]
 
@@ -175,7 +177,7 @@ ALLOWED = {
     "{ analytics { group } }": {"ann", "root", "page"},
     "{ requests { next } }": {"ann", "root"},
     '{ request(id: "x") { id } }': {"ann", "root"},
-    '{ why(id: "x") { rule } }': {"ann", "root"},
+    '{ why(id: "x") { state } }': {"ann", "root", "page"},
     "{ conversations { session } }": {"ann", "root"},
     "{ feedback { id } }": {"ann", "root"},
     "{ __schema { queryType { name } } }": {"root"},

@@ -7,7 +7,8 @@ import msgspec
 
 from citadel_gateway.control.client import Client, Unreachable
 from citadel_gateway.control.graphql.context import Context
-from citadel_gateway.control.graphql.types import ChatCompletion, ChatInput, Token, TokenUsage
+from citadel_gateway.control.graphql.inputs import ChatInput
+from citadel_gateway.control.graphql.types import ChatCompletion, Token, TokenUsage
 from citadel_gateway.errors import Refusal
 
 PATH = "/v1/chat/completions"

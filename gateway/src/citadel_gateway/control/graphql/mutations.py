@@ -8,18 +8,9 @@ from citadel_gateway.control.admin import NewKey
 from citadel_gateway.control.graphql import chat
 from citadel_gateway.control.graphql.context import Info
 from citadel_gateway.control.graphql.fields import mutation
+from citadel_gateway.control.graphql.inputs import ChatInput, FeedbackInput, KeyInput, ModelState
 from citadel_gateway.control.graphql.queries import visible_models
-from citadel_gateway.control.graphql.types import (
-    ChatCompletion,
-    ChatInput,
-    CreatedKey,
-    Feedback,
-    FeedbackInput,
-    KeyEntry,
-    KeyInput,
-    Model,
-    ModelState,
-)
+from citadel_gateway.control.graphql.types import ChatCompletion, CreatedKey, Feedback, KeyEntry, Model
 from citadel_gateway.errors import Refusal
 
 

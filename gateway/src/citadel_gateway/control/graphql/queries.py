@@ -15,20 +15,20 @@ from citadel_gateway.control.business import Rules
 from citadel_gateway.control.graphql.context import Context, Info
 from citadel_gateway.control.graphql.fields import field
 from citadel_gateway.control.graphql.limits import MOST_ROWS
+from citadel_gateway.control.graphql.measures import Analytics, Metrics
 from citadel_gateway.control.graphql.types import (
     Alert,
-    Analytics,
     Conversation,
+    Explanation,
     Feedback,
     Me,
-    Metrics,
     Model,
     Request,
     RequestPage,
     Tier,
-    Why,
 )
 from citadel_gateway.control.sql.tables import requests
+from citadel_gateway.control.why import explain
 from citadel_gateway.errors import Refusal
 
 
@@ -180,11 +180,14 @@ class Query:
         info.context.need("inference", "admin")
         return await request_of(info.context, id)
 
-    @field("How a request was decided.")
-    async def why(self, info: Info, id: str) -> Why | None:  # noqa: A002  # the argument's name
-        info.context.need("inference", "admin")
-        found = await request_of(info.context, id)
-        return found.why if found is not None else None
+    @field("Why a request went as it did.")
+    async def why(self, info: Info, id: str) -> Explanation | None:  # noqa: A002  # the argument's name
+        info.context.need("inference", "read", "admin")
+        state, user = info.context.state, info.context.whose("admin")
+        found = await info.context.in_thread(
+            lambda: explain(state.database, state.parts.get("settler"), id[:128], user)
+        )
+        return Explanation.of(found) if found is not None else None
 
     @field("Your conversations, the latest first; admin: everybody's.")
     async def conversations(

@@ -11,7 +11,9 @@ from citadel_gateway.control.alerts import Alerts
 from citadel_gateway.control.graphql import chat
 from citadel_gateway.control.graphql.context import Context, Info
 from citadel_gateway.control.graphql.fields import subscription
-from citadel_gateway.control.graphql.types import Alert, ChatInput, Metrics, Token
+from citadel_gateway.control.graphql.inputs import ChatInput
+from citadel_gateway.control.graphql.measures import Metrics
+from citadel_gateway.control.graphql.types import Alert, Token
 from citadel_gateway.control.live import Live
 from citadel_gateway.errors import Refusal
 

@@ -1,165 +1,19 @@
-"""The types of the schema. Money is USD, moments are seconds since the epoch, as everywhere in the gateway."""
+"""The types of what can be asked for: models, requests, people, alerts, answers."""
 
-from enum import Enum
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Any
 
 import strawberry
-from strawberry.scalars import JSON
 
 from citadel_gateway.control import conversations as talks
 from citadel_gateway.control.alerts import Alert as StoredAlert
-from citadel_gateway.control.analytics import DAYS
-from citadel_gateway.control.analytics import Analytics as StoredAnalytics
 from citadel_gateway.control.feedback import Feedback as StoredFeedback
 from citadel_gateway.control.figures import Figures
 from citadel_gateway.control.graphql.context import Info
 from citadel_gateway.control.graphql.fields import field
-from citadel_gateway.errors import Refusal
+from citadel_gateway.control.graphql.measures import Analytics, Loose, ModelFigures, Price, days_of, picked
+from citadel_gateway.control.ledger import limits_of
 from citadel_gateway.settings import Model as Declared
-from citadel_gateway.settings import Price as DeclaredPrice
 from citadel_gateway.settings import Tier as DeclaredTier
-
-if TYPE_CHECKING:
-    Loose = dict[str, Any]
-else:
-    Loose = JSON
-
-
-def days_of(days: int) -> int:
-    if not 1 <= days <= DAYS:
-        raise Refusal(400, "invalid_request", f"days must be between 1 and {DAYS}")
-    return days
-
-
-def picked(kind: type[Any], source: object, **more: Any) -> Any:
-    """An object of `kind` from the fields of the same name."""
-    names = [field.python_name for field in kind.__strawberry_definition__.fields if field.base_resolver is None]
-    return kind(**{name: more[name] if name in more else getattr(source, name) for name in names})
-
-
-@strawberry.type(description="Use, quality and worth of a group of requests.")
-class Analytics:
-    group: str
-    requests: int
-    refused: int
-    errors: int
-    input_tokens: float
-    output_tokens: float
-    cost_usd: float
-    feedback: int
-    correct: int
-    incorrect: int
-    accuracy: float | None
-    rated: int
-    satisfaction: float | None
-    satisfied: int
-    dissatisfied: int
-    value_usd: float
-    estimated_usd: float
-    net_usd: float
-
-    @classmethod
-    def of(cls, found: StoredAnalytics) -> "Analytics":
-        made: Analytics = picked(cls, found)
-        return made
-
-
-@strawberry.type(description="A span of seconds by quantile.")
-class Quantiles:
-    p50: float
-    p95: float
-
-
-@strawberry.type(description="A replica of a model.")
-class Backend:
-    address: str
-    up: bool
-
-
-@strawberry.type(description="What a model does now: rates of the last ten seconds, times of the last minute.")
-class ModelFigures:
-    name: str
-    state: str
-    draining: list[str]
-    backends: list[Backend]
-    inflight: int
-    queue: int
-    requests_per_second: float
-    errors_per_minute: float
-    limited_per_minute: float
-    input_tokens_per_second: float
-    output_tokens_per_second: float
-    first_token_seconds: Quantiles | None
-    duration_seconds: Quantiles | None
-    cost_today_usd: float | None
-
-    @classmethod
-    def of(cls, name: str, found: Figures) -> "ModelFigures":
-        return cls(
-            name=name,
-            state=found["state"],
-            draining=found["draining"],
-            backends=[Backend(address=one, up=up) for one, up in sorted(found["backends"].items())],
-            inflight=int(found["inflight"]),
-            queue=int(found["queue"]),
-            requests_per_second=found["requests_per_second"],
-            errors_per_minute=found["errors_per_minute"],
-            limited_per_minute=found["limited_per_minute"],
-            input_tokens_per_second=found["input_tokens_per_second"],
-            output_tokens_per_second=found["output_tokens_per_second"],
-            first_token_seconds=quantiles(found, "first_token_seconds"),
-            duration_seconds=quantiles(found, "duration_seconds"),
-            cost_today_usd=found.get("cost_today_usd"),
-        )
-
-
-def quantiles(found: Figures, name: str) -> Quantiles | None:
-    return Quantiles(p50=found[name]["p50"], p95=found[name]["p95"]) if name in found else None
-
-
-@strawberry.type(description="The gateway of this host now.")
-class Metrics:
-    at: float
-    host: str
-    workers: int
-    connections: int
-    inflight: int
-    queue: int
-    requests_per_second: float
-    output_tokens_per_second: float
-    errors_per_minute: float
-    cost_today_usd: float | None
-    models: list[ModelFigures]
-
-    @classmethod
-    def of(cls, found: Figures) -> "Metrics":
-        total = found["total"]
-        return cls(
-            at=found["at"],
-            host=found["host"],
-            workers=found["workers"],
-            connections=int(total.get("connections", 0)),
-            inflight=int(total.get("inflight", 0)),
-            queue=int(total.get("queue", 0)),
-            requests_per_second=total.get("requests_per_second", 0.0),
-            output_tokens_per_second=total.get("output_tokens_per_second", 0.0),
-            errors_per_minute=total.get("errors_per_minute", 0.0),
-            cost_today_usd=total.get("cost_today_usd"),
-            models=[ModelFigures.of(name, one) for name, one in found["models"].items()],
-        )
-
-
-@strawberry.type(description="USD; the hardware's price is a share of the host's.")
-class Price:
-    share: float
-    input_mtoken: float
-    output_mtoken: float
-    cached_mtoken: float
-
-    @classmethod
-    def of(cls, price: DeclaredPrice) -> "Price":
-        made: Price = picked(cls, price)
-        return made
 
 
 @strawberry.type(description="A model that is served.")
@@ -282,6 +136,25 @@ class Why:
         )
 
 
+@strawberry.type(description="Why a request went as it did, also before it is in the ledger. `whole`: as REST has it.")
+class Explanation:
+    id: str
+    state: str
+    model: str
+    backend: str
+    outcome: str | None
+    status: int | None
+    story: list[str]
+    whole: Loose
+
+    @classmethod
+    def of(cls, found: dict[str, Any]) -> "Explanation":
+        fields: dict[str, Any] = {
+            name: found.get(name) for name in ("id", "state", "model", "backend", "outcome", "status", "story")
+        }
+        return cls(**fields, whole=found)
+
+
 @strawberry.type(description="A request in the ledger.")
 class Request:
     id: str
@@ -353,6 +226,13 @@ class Tier:
         return made
 
 
+@strawberry.type(description="A limit of the caller. `used` is null where only the workers know it.")
+class Limit:
+    name: str
+    limit: float
+    used: float | None
+
+
 @strawberry.type(description="The caller.")
 class Me:
     user: str
@@ -361,6 +241,12 @@ class Me:
     models: list[str]
     expires_at: float
     tier: Tier
+
+    @field("What the caller has used of each limit.")
+    async def limits(self, info: Info) -> list[Limit]:
+        context, user = info.context, self.user
+        found = await context.in_thread(lambda: limits_of(context.state, user))
+        return [Limit(name=name, limit=one.limit, used=one.used) for name, one in found.items()]
 
 
 @strawberry.type(description="An alert, as Alertmanager sent it.")
@@ -403,12 +289,6 @@ class CreatedKey:
     entry: KeyEntry
 
 
-@strawberry.enum(description="Whether a model takes new requests.")
-class ModelState(Enum):
-    SERVING = "serving"
-    DRAINED = "drained"
-
-
 @strawberry.type(description="Tokens as the engine counted them.")
 class TokenUsage:
     input_tokens: int
@@ -433,40 +313,3 @@ class Token:
     content: str
     finish_reason: str | None
     usage: TokenUsage | None
-
-
-@strawberry.input(description="One message of a chat.")
-class MessageInput:
-    role: str
-    content: str
-
-
-@strawberry.input(description="A chat request. `parameters`: everything else that /v1/chat/completions takes.")
-class ChatInput:
-    messages: list[MessageInput]
-    model: str = "auto"
-    max_tokens: int | None = None
-    temperature: float | None = None
-    session: str | None = None
-    use_case: str | None = None
-    parameters: Annotated[Loose | None, strawberry.argument(description="Fields of the request, as they are.")] = None
-
-
-@strawberry.input(description="At least one of rating (1-10), correct, outcome and comment.")
-class FeedbackInput:
-    request_id: str
-    rating: int | None = None
-    correct: bool | None = None
-    outcome: str | None = None
-    comment: str | None = None
-
-
-@strawberry.input(description="A new key. `expiresIn`: seconds; 0: never.")
-class KeyInput:
-    user: str
-    id: str | None = None
-    scopes: list[str] = strawberry.field(default_factory=lambda: ["inference"])
-    models: list[str] = strawberry.field(default_factory=lambda: ["*"])
-    expires_in: float = 0.0
-    use_case: str = ""
-    new_user: bool = False
