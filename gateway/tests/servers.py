@@ -132,7 +132,8 @@ class RedisServer(Server):
         self.password_file = self.folder / "password"
         self.password_file.write_text(self.password + "\n")
         acl = f"user {self.USER} on resetchannels >{self.password} {self.RULES}\n"
-        acl += f"user default off\nuser admin on >{self.password} ~* &* +@all\n"
+        # nobody can be the default user, but Redis loads what scripts have written with its permissions
+        acl += f"user default off resetpass ~* &* +@all\nuser admin on >{self.password} ~* &* +@all\n"
         (self.folder / "users.acl").write_text(acl)
         self.arguments = ("--appendonly", "yes" if keep else "no", "--appendfsync", "always", *arguments)
 
