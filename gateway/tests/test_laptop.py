@@ -3,8 +3,10 @@
 import json
 import subprocess
 import sys
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from citadel_gateway.settings import WORKERS, ConfigError, Gateway, Models, read
 
 from gateway.tests.controls import until
 from gateway.tests.fake_backend import FakeBackend
-from gateway.tests.processes import ROOT, environment, stop, wait_for
+from gateway.tests.processes import ROOT, command, environment, stop, wait_for
 from gateway.tests.site import Site, free_port
 
 Fake = Callable[..., FakeBackend]
@@ -153,11 +155,29 @@ def test_from_nothing_to_an_answer(tmp_path: Path, fake: Fake) -> None:
                 for model in ("qwen", "llama3.2:latest"):
                     assert chat(port, key, model) == f"I am {model}"
                 until((folder / "run" / "control.sock").exists)  # before that, a signal ends it without a word
+                if start == 2:
+                    revoke(folder / "gateway.json")
+                    until(partial(refused, port, key))
             finally:
                 assert stop(process) == 0
     assert len(read(folder / "models.json", Models).models) == 2
     assert folder.stat().st_mode & 0o777 == 0o700
     assert not [path for path in folder.rglob("*.json*") if key in path.read_text(errors="replace")]
+
+
+def revoke(config: Path) -> None:
+    (entry,) = json.loads(command("keys", "list", "--json", "--config", str(config)).stdout)
+    assert command("keys", "revoke", entry["id"], "--config", str(config)).returncode == 0
+
+
+def refused(port: int, key: str) -> bool:
+    """Whether a worker has heard of the revocation."""
+    try:
+        chat(port, key, "qwen")
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code == 401
+    return False
 
 
 def chat(port: int, key: str, model: str) -> str:
