@@ -172,7 +172,7 @@ async def test_a_new_snapshot_is_taken_over(gateway: Running, engine: FakeEngine
     site = gateway.site
     site.model("two", second.port)
     site.keys = [{"id": "new", "sha256": digest("sk-new")}]
-    snapshot.write(site.settings, snapshot.merge(site.settings, {"one": ["operator"]}))
+    snapshot.write(site.settings, snapshot.merge(site.settings, {"one": {"operator": snapshot.Mark()}}))
     await until(lambda: "two" in gateway.gate.core.catalogue.models)
     assert (await ask(gateway.port, chat())).status == 401
     assert (await ask(gateway.port, chat(model="two", key="sk-new"))).status == 200
@@ -189,7 +189,7 @@ async def test_a_drained_model_finishes_what_it_has(gateway: Running, engine: Fa
     wire = await connect(gateway.port)
     wire.send(chat(stream=True))
     await wire.head()
-    snapshot.write(gateway.site.settings, snapshot.merge(gateway.site.settings, {"one": ["engine"]}))
+    snapshot.write(gateway.site.settings, snapshot.merge(gateway.site.settings, {"one": {"engine": snapshot.Mark()}}))
     await until(lambda: gateway.gate.core.catalogue.models["one"].draining)
     assert (await ask(gateway.port, chat())).status == 503
     body = b""

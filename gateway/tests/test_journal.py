@@ -21,6 +21,7 @@ from pathlib import Path
 from citadel_gateway.worker.journal import Journal
 from gateway.tests.test_journal import opened
 journal = Journal(Path(sys.argv[1]), "h", 1, 65536, print)
+journal.start()
 for number in range(10**9):
     journal.append(opened(number))
     if number % 50 == 0:
@@ -59,7 +60,9 @@ def lost() -> list[int]:
 
 
 def make(folder: Path, lost: list[int], size: int = 65536) -> Journal:
-    return Journal(folder, "h", 3, size, lost.append)
+    journal = Journal(folder, "h", 3, size, lost.append)
+    journal.start()
+    return journal
 
 
 def test_a_record_is_in_the_file_at_once(tmp_path: Path, lost: list[int]) -> None:
@@ -134,6 +137,19 @@ def test_without_space_from_the_beginning(tmp_path: Path, lost: list[int]) -> No
     journal.tend()
     journal.close()
     assert lost == [2]
+
+
+def test_what_nobody_has_written_in_is_taken_away(tmp_path: Path, lost: list[int]) -> None:
+    """As a worker leaves it that was killed between its start and its first request."""
+    names = ["h-w3-1-0.jsonl", "h-w3-1-1.jsonl", "h-w3-2-0.jsonl", "h-w33-1-0.jsonl", "h-w3-3-0.jsonl"]
+    for name in names:
+        (tmp_path / name).write_bytes(bytes(8192))
+    (tmp_path / names[1]).write_bytes(b"{}\n" + bytes(100))
+    with (tmp_path / names[4]).open("rb") as living:
+        fcntl.flock(living, fcntl.LOCK_EX)
+        journal = make(tmp_path, lost)
+    journal.close()
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([names[1], names[3], names[4]])
 
 
 def test_a_record_larger_than_a_segment_is_counted(tmp_path: Path, lost: list[int]) -> None:

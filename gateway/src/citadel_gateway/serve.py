@@ -55,7 +55,8 @@ class Family:
                     child.terminate()
             await asyncio.gather(*(child.wait() for child in generation))
         statuses = await asyncio.gather(*ends)
-        return 0 if self.asked.is_set() and not any(statuses) else 1
+        in_order = (0, -signal.SIGTERM)  # who is told to end before it could listen for that ends by the signal
+        return 0 if self.asked.is_set() and all(status in in_order for status in statuses) else 1
 
 
 async def supervise(settings: Gateway, config: str, listener: socket.socket) -> int:
@@ -76,6 +77,9 @@ def run_serve(settings: Gateway, config: str) -> int:
         return 1
     os.set_inheritable(listener.fileno(), True)
     address, port = listener.getsockname()[:2]
-    print(f"citadel-gateway: http://{address}:{port}/v1 with {settings.workers} workers", flush=True)
+    print(
+        f"citadel-gateway: http://{address}:{port}/v1 with {settings.workers} worker{'s' * (settings.workers > 1)}",
+        flush=True,
+    )
     with listener:
         return asyncio.run(supervise(settings, config, listener))

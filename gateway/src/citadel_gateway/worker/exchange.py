@@ -217,8 +217,8 @@ class Exchange:
     def reply_progress(self, connection: Connection) -> None:
         self.last = self.clock()
         backend = self.ticket.backend
-        if backend is not None:
-            backend.last = self.last
+        if backend is not None and connection.status < 400 and (connection.parts or connection.complete):
+            backend.last = self.last  # a head alone says nothing: it is sent while the engine hangs, too
         if self.head_sent:
             self.forward(connection)
             return

@@ -78,6 +78,14 @@ class Segment:
             os.close(self.fd)
 
 
+def remove_unused(path: Path) -> None:
+    """Take away a segment in which nobody has written and nobody will."""
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if file.read(1) in (b"", b"\0"):
+            path.unlink()
+
+
 class Journal:
     """`append` and `tick` belong to the event loop, `tend` to the thread for files, `close` comes after both."""
 
@@ -85,7 +93,8 @@ class Journal:
         self, folder: Path, host: str, number: int, segment_bytes: int, lost: Callable[[int], None], started: int = 0
     ) -> None:
         self.folder = folder
-        self.name = f"{host}-w{number}-{started or time.time_ns():020d}"
+        self.worker = f"{host}-w{number}"
+        self.name = f"{self.worker}-{started or time.time_ns():020d}"
         self.segment_bytes = segment_bytes
         self.lost = lost
         self.serial = 0
@@ -95,6 +104,11 @@ class Journal:
         self.waiting: deque[bytes] = deque()
         self.size = 0  # bytes that wait
         self.trouble = ""
+
+    def start(self) -> None:
+        """The first segment, once all else that could fail has not; a worker that cannot start leaves none behind."""
+        for path in self.folder.glob(f"{self.worker}-*.jsonl"):
+            remove_unused(path)
         self.make()
 
     # event loop -----------------------------------------------------------------------------------------------------

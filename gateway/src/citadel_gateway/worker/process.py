@@ -79,9 +79,11 @@ class Worker:
     def make_gate(self) -> Gate:
         """On the running loop."""
         store = limit_store(self.settings, time.monotonic, time.time, self.answered)
-        name = f"{self.settings.host}-{self.journal.name}"  # of this process alone
-        on_failure = self.settings.redis.on_failure
-        self.limiter = limiter = Limiter(store, name, time.monotonic, time.time, on_failure=on_failure)
+        redis = self.settings.redis
+        name = self.journal.name  # of this process alone
+        self.limiter = limiter = Limiter(
+            store, name, time.monotonic, time.time, on_failure=redis.on_failure, patience=redis.timeout
+        )
         gate = Gate(
             self.settings,
             self.number,
@@ -187,6 +189,7 @@ class WorkerServer(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
+        self.worker.journal.start()
         gc.collect()
         gc.freeze()  # what lives as long as the process need not be looked at again
         gc.set_threshold(50_000, 20, 50)
