@@ -1,7 +1,6 @@
 """The workers' connection to Redis and what limits do when Redis is away, slow, full or new."""
 
 import asyncio
-import contextlib
 import ssl
 import subprocess
 import time
@@ -11,6 +10,7 @@ from typing import Any
 
 import hiredis
 import pytest
+import uvloop
 from citadel_gateway.books import Books
 from citadel_gateway.core.limits import Denied, Limiter, Reservation
 from citadel_gateway.core.limitstore import MemoryStore
@@ -454,10 +454,25 @@ async def test_without_redis_there_is_memory() -> None:
     books.close()
 
 
+@pytest.mark.parametrize("over", ["unix", "tcp"])
+def test_it_runs_on_the_loop_of_the_workers(redis_server: RedisServer, over: str) -> None:
+    async def run() -> None:
+        redis = redis_settings(redis_server, url=redis_server.unix_url if over == "unix" else redis_server.url)
+        one = await Worker(redis).start()
+        someone = Someone("a", TIER)
+        await one.use(someone, 100, 3)
+        view = Books(settings_with(redis))
+        await until(lambda: view.usage("a")["tokens_per_minute"] == 300)
+        view.close()
+        await until(lambda: one.limiter.remaining(someone)["tokens_per_day"] == TIER.tokens_per_day - 300)
+        await one.stop()
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(run())
+
+
 async def test_the_store_of_the_settings_connects(redis_server: RedisServer) -> None:
     settings = settings_with(redis_settings(redis_server))
     store = limit_store(settings, time.monotonic, time.time, lambda seconds: None)
     await until(lambda: store.up)
     store.close()
-    with contextlib.suppress(AttributeError):
-        await asyncio.sleep(0.01)
