@@ -17,7 +17,11 @@ DECISION = Why(
     policy="auto",
     rule="short",
     choose="load",
-    candidates=(Candidate("one", "127.0.0.1:1", 0.25, "best"), Candidate("two", "127.0.0.1:2", 0.5, "down")),
+    candidates=(
+        Candidate("one", "127.0.0.1:1", 0.25, "best"),
+        Candidate("two", "127.0.0.1:2", 0.5, "down"),
+        Candidate("big", "", 0.0, "weight_0"),
+    ),
     fallback_from="big",
     prompt_tokens=12,
     remaining={"tokens_per_minute": 100},
@@ -58,6 +62,7 @@ def test_a_settled_request(control: ThreadedControl, journal: FakeJournal) -> No
     assert found["decision"]["candidates"] == [
         {"model": "one", "backend": "127.0.0.1:1", "score": 0.25, "note": "best", "taken": True},
         {"model": "two", "backend": "127.0.0.1:2", "score": 0.5, "note": "down", "taken": False},
+        {"model": "big", "backend": "", "score": 0.0, "note": "weight_0", "taken": False},
     ]
     assert found["limits"]["remaining"] == {"tokens_per_minute": 100}
     assert found["queue"] == {"seconds": 0.25, "length": 3}
@@ -69,6 +74,7 @@ def test_a_settled_request(control: ThreadedControl, journal: FakeJournal) -> No
         "one took over from big.",
         "one at 127.0.0.1:1: taken, score 0.25, the smallest score.",
         "two at 127.0.0.1:2: not taken, score 0.5, was down.",
+        "big: score 0, serves only when no other can.",
         "It waited 0.250 s, 3 others before it.",
         "It was answered after 0.000 s, 2 tries.",
         "7 tokens in, 5 out: 0.001000 USD.",

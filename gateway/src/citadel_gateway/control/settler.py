@@ -213,7 +213,8 @@ class Settler:
         """No segment is locked, and there is no newer one that we have not met."""
 
         def unlocked() -> bool:
-            return not any(segment.locked() for segment in reversed(self.folder.groups[group]))
+            # The oldest first: the newest may be just about to be locked by its worker.
+            return not any(segment.locked() for segment in self.folder.groups[group])
 
         if self.clock() - self.met[group] < NEWBORN or not unlocked():
             return False

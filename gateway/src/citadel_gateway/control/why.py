@@ -7,7 +7,7 @@ from fastapi import APIRouter, Depends, HTTPException
 from citadel_gateway.control.auth import Control, Scoped
 from citadel_gateway.control.settler import Live, Settler
 from citadel_gateway.control.sql import Database, reports
-from citadel_gateway.records import Opened, Settled, Why
+from citadel_gateway.records import Candidate, Opened, Settled, Why
 from citadel_gateway.settings import Key
 
 router = APIRouter(tags=["requests"])
@@ -26,6 +26,10 @@ NOTES = {
     "tried": "had been tried",
     "full": "had no free slot",
     "slow_start": "had just come back",
+    "only": "there was no other",
+    "too_loaded": "knows the prompt, but had too much to do",
+    "suspect": "had not answered of late",
+    "weight_0": "serves only when no other can",
 }
 OUTCOMES = {
     "ok": "It was answered",
@@ -150,8 +154,8 @@ def story(one: Settled) -> list[str]:
     if one.queue_seconds >= 0.001:
         lines.append(f"It waited {one.queue_seconds:.3f} s, {one.why.queue_length} others before it.")
     end = OUTCOMES.get(one.outcome, f"It ended as {one.outcome}")
-    code = f" ({one.code})" if one.code else ""
-    lines.append(f"{end}{code} after {one.total_seconds:.3f} s, {one.tries} tries.")
+    code = f" ({one.code})" if one.code and not one.code.isdecimal() else ""
+    lines.append(f"{end}{code} after {one.total_seconds:.3f} s, {one.tries} {'try' if one.tries == 1 else 'tries'}.")
     if one.why.retry_after:
         lines.append(f"It was told to come back in {one.why.retry_after:.0f} s.")
     sure = "" if one.exact or not (one.input_tokens or one.output_tokens) else ", as far as was seen"
@@ -168,8 +172,14 @@ def choice(one: Settled, decision: Why) -> list[str]:
         lines.append(f"The quota was spent, so {one.model} served in the place of {decision.degraded_from}.")
     if decision.fallback_from:
         lines.append(f"{one.model} took over from {decision.fallback_from}.")
-    for candidate in decision.candidates:
-        taken = "taken" if (candidate.model, candidate.backend) == (one.model, one.backend) else "not taken"
-        note = NOTES.get(candidate.note, candidate.note)
-        lines.append(f"{candidate.model} at {candidate.backend}: {taken}, score {candidate.score:g}, {note}.")
+    lines += [looked_at(candidate, one) for candidate in decision.candidates]
     return lines
+
+
+def looked_at(candidate: Candidate, one: Settled) -> str:
+    """A candidate without a backend is a model among models."""
+    note = NOTES.get(candidate.note, candidate.note)
+    if not candidate.backend:
+        return f"{candidate.model}: score {candidate.score:g}, {note}."
+    taken = "taken" if (candidate.model, candidate.backend) == (one.model, one.backend) else "not taken"
+    return f"{candidate.model} at {candidate.backend}: {taken}, score {candidate.score:g}, {note}."
