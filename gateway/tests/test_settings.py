@@ -77,6 +77,34 @@ def test_users_tiers_and_where_limits_are_counted(site: Site) -> None:
     assert problems(site.write()) == []
 
 
+def test_policies_that_cannot_be_used(site: Site) -> None:
+    site.config["workers"] = 1
+    site.model("one", 1)
+    site.policies = {
+        "tiers": [
+            {"name": "free", "overage": "degrade"},
+            {"name": "free", "models": ["two"]},
+        ],
+        "default_tier": "gold",
+        "policies": [{"name": "one"}, {"name": "auto", "rules": [{"name": "r", "models": ["three"]}]}],
+        "routing": {"hedge_after": 1},
+    }
+    found = "\n".join(problems(site.write()))
+    for text in (
+        "the tier 'free' stands twice",
+        "default_tier: there is no tier 'gold'",
+        "tier 'free': overage 'degrade' needs degrade_to",
+        "policy 'one' is called 'one', as a model is",
+        "tier 'free' names the model 'two'",
+        "rule 'r' names the model 'three'",
+        "routing.hedge_after: requests are not hedged",
+    ):
+        assert text in found
+    assert len(found.splitlines()) == 7
+    site.policies = {"tiers": []}
+    assert problems(site.write())[0].endswith("tiers: there must be one at least")
+
+
 def test_a_server_of_several_models(site: Site) -> None:
     for name in ("one", "two"):
         site.model(name, 1)

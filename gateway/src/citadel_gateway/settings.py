@@ -407,6 +407,8 @@ def policy_problems(policies: Policies, models: Models | None, path: str) -> lis
         found += [f"{path}: the {kind} {name!r} stands twice" for name, count in Counter(names).items() if count > 1]
     if not policies.tiers:
         found.append(f"{path}: tiers: there must be one at least")
+    if policies.routing.hedge_after:
+        found.append(f"{path}: routing.hedge_after: requests are not hedged; leave it at 0")
     if policies.default_tier and policies.default_tier not in groups["tier"]:
         found.append(f"{path}: default_tier: there is no tier {policies.default_tier!r}")
     found += [
