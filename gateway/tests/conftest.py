@@ -1,5 +1,6 @@
 """What most tests of the gateway need: an engine, a site, a running worker."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -50,4 +51,4 @@ async def live(site: Site, gateway: Running) -> AsyncIterator[LiveSite]:
     """The control process behind that worker."""
     found = await LiveSite(site, gateway).start()
     yield found
-    await found.stop()
+    await asyncio.gather(found.stop(), gateway.stop())

@@ -176,6 +176,36 @@ async def test_the_first_message_brings_the_key(live: LiveSite) -> None:
             assert await closed(socket) == (1008, code)
 
 
+async def test_few_without_a_key(live: LiveSite, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(live.part("lines"), "nobody", 1)
+    async with live.socket(key="") as socket:
+        assert await refused(live, key="") == (429, "too_many_connections")
+        await say(socket, type="auth", key=KEY)
+        await said(socket)
+        async with live.socket(key="") as second:  # the first has a key now
+            await say(second, type="auth", key=KEY)
+            assert (await said(second))["type"] == "ready"
+    page = await get(live.port, "/metrics", ADMIN)
+    for name in ("long_connections", "resumable_streams", 'alerts{status="firing"}'):
+        assert f"\nllm_gateway_{name} ".encode() in page.body
+
+
+async def test_cancel_is_quick(socket: ClientConnection, engine: FakeEngine) -> None:
+    engine.delay, engine.events = 0.01, 10_000
+    taken = []
+    for number in range(3):
+        await say(socket, type="request", id="a", body=STREAM)
+        while (await said(socket))["type"] != "event":
+            pass
+        started = asyncio.get_running_loop().time()
+        await say(socket, type="cancel", id="a")
+        await until(lambda count=number: engine.cancelled > count)  # type: ignore[misc]  # its default is what it is for
+        taken.append(asyncio.get_running_loop().time() - started)
+        while (await said(socket))["type"] != "cancelled":
+            pass
+    assert min(taken) < 0.1  # of three, because the machine may be busy with others
+
+
 async def test_nobody_waits_for_a_key_for_ever(live: LiveSite, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sockets, "AUTH_SECONDS", 0.05)
     async with live.socket(key="") as socket:

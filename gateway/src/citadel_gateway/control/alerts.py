@@ -20,6 +20,7 @@ from fastapi.responses import Response
 from msgspec import Struct
 
 from citadel_gateway.control.auth import Scoped, state_of
+from citadel_gateway.control.figures import gauge
 from citadel_gateway.control.lines import Changes
 from citadel_gateway.control.state import State
 from citadel_gateway.metrics import write_atomically
@@ -131,6 +132,10 @@ class Alerts:
     def all(self) -> list[Alert]:
         return sorted(self.entries.values(), key=Alert.rank)
 
+    def counts(self) -> dict[tuple[str, ...], float]:
+        firing = sum(alert.status == "firing" for alert in tuple(self.entries.values()))
+        return {("firing",): float(firing), ("resolved",): float(len(self.entries) - firing)}
+
     def since(self, version: int) -> list[Alert]:
         """Those that changed after it."""
         return [self.entries[one] for one, changed in self.versions.items() if changed > version]
@@ -162,6 +167,7 @@ async def lifespan(state: State) -> AsyncIterator[None]:
     """Keeps `parts["alerts"]`."""
     alerts = state.parts["alerts"] = Alerts(Path(state.settings.state_dir) / "alerts.json")
     state.every(1.0, alerts.keep)
+    state.pages.append(lambda: gauge("llm_gateway_alerts", "Alerts that are kept.", alerts.counts(), ("status",)))
     yield
     await alerts.keep()
 

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from citadel_gateway.metrics import BUCKETS, Labels, Report, fresh, merged_gauges
+from citadel_gateway.metrics import BUCKETS, Labels, Report, fresh, label_text, merged_gauges, number
 from citadel_gateway.snapshot import Snapshot
 
 Figures = dict[str, Any]
@@ -162,6 +162,12 @@ class Maker:
             "fields": [*SHOWN, "first_token_p95"],
             "models": {name: list(points) for name, points in self.points.items()},
         }
+
+
+def gauge(name: str, text: str, samples: Mapping[Labels, float], names: Labels = ()) -> str:
+    """A gauge of the control process, for the page of metrics."""
+    lines = [f"{name}{label_text(names, labels)} {number(value)}\n" for labels, value in samples.items()]
+    return f"# HELP {name} {text}\n# TYPE {name} gauge\n" + "".join(lines)
 
 
 def rate(now: float, then: float, late: Sums, early: Sums) -> float:

@@ -11,12 +11,14 @@ from contextlib import asynccontextmanager, contextmanager, suppress
 
 from starlette.requests import HTTPConnection
 
+from citadel_gateway.control.figures import gauge
 from citadel_gateway.control.state import State
 from citadel_gateway.errors import Refusal
 
 TOTAL = 1024  # of the control process
 EACH = 64  # of one key
-NOBODY = 64  # of all that have not said their key yet
+ADDRESS = "@"  # no key's id begins so
+NOBODY = 16  # of one address, that have not said their key yet
 
 
 class Changes:
@@ -60,6 +62,7 @@ class Lines:
     """All that are open."""
 
     def __init__(self, total: int = TOTAL, each: int = EACH, nobody: int = NOBODY) -> None:
+        """`nobody`: for owners that are an address, and no key."""
         self.total = total
         self.each = each
         self.nobody = nobody
@@ -89,8 +92,10 @@ class Lines:
             self.left.tell()
 
     def claim(self, owner: str) -> None:
-        if self.owners[owner] >= (self.each if owner else self.nobody):
-            raise Refusal(429, "too_many_connections", "Too many long-lived connections of this key", retry_after=10)
+        if self.owners[owner] >= (self.nobody if owner.startswith(ADDRESS) else self.each):
+            raise Refusal(
+                429, "too_many_connections", "Too many long-lived connections of one key or address", retry_after=10
+            )
         self.owners[owner] += 1
 
     def leave(self, owner: str) -> None:
@@ -122,6 +127,11 @@ class Lines:
                     await self.left.after(self.left.version)
 
 
+def address_of(connection: HTTPConnection) -> str:
+    """The owner of a connection whose key is not known yet: where it comes from, as the worker says."""
+    return ADDRESS + connection.headers.get("x-forwarded-for", "")
+
+
 def worker_of(connection: HTTPConnection) -> int:
     number = connection.headers.get("x-citadel-worker", "")
     return int(number) if number.isdecimal() else 0
@@ -130,5 +140,7 @@ def worker_of(connection: HTTPConnection) -> int:
 @asynccontextmanager
 async def lifespan(state: State) -> AsyncIterator[None]:
     """Keeps `parts["lines"]`. They have been drained when this ends, by the server that stops."""
-    state.parts["lines"] = Lines()
+    lines = state.parts["lines"] = Lines()
+    text = "WebSockets and event streams of the control process."
+    state.pages.append(lambda: gauge("llm_gateway_long_connections", text, {(): float(len(lines.open))}))
     yield

@@ -22,6 +22,7 @@ from starlette.types import Receive, Scope, Send
 
 from citadel_gateway.control.auth import Scoped, state_of
 from citadel_gateway.control.client import Client, Reply, Unreachable
+from citadel_gateway.control.figures import gauge
 from citadel_gateway.control.lines import Changes
 from citadel_gateway.control.state import State
 from citadel_gateway.errors import Refusal, stream_error
@@ -221,6 +222,8 @@ async def lifespan(state: State) -> AsyncIterator[None]:
     """Keeps `parts["recordings"]`."""
     recordings = state.parts["recordings"] = Recordings(time.monotonic)
     state.every(1.0, recordings.tidy)
+    text = "Streams that are kept for clients that may come back."
+    state.pages.append(lambda: gauge("llm_gateway_resumable_streams", text, {(): float(len(recordings.kept))}))
     yield
     await recordings.close()
 

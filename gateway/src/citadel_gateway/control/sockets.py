@@ -16,7 +16,7 @@ from starlette.responses import Response
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
 from citadel_gateway.control.auth import is_local, state_of
-from citadel_gateway.control.lines import Line, Lines
+from citadel_gateway.control.lines import Line, Lines, address_of
 from citadel_gateway.errors import Refusal
 from citadel_gateway.settings import Key
 
@@ -66,7 +66,9 @@ class Socket:
         authorization = websocket.headers.get("authorization", "")
         if authorization:
             self.use(authorization.partition(" ")[2].strip())
-        self.line = held.enter_context(self.lines.line(self.key.id if authorization else "", websocket))
+        self.line = held.enter_context(
+            self.lines.line(self.key.id if authorization else address_of(websocket), websocket)
+        )
         await websocket.accept()
         if not authorization:
             await self.first_message()
