@@ -86,7 +86,11 @@ def test_policies_that_cannot_be_used(site: Site) -> None:
             {"name": "free", "models": ["two"]},
         ],
         "default_tier": "gold",
-        "policies": [{"name": "one"}, {"name": "auto", "rules": [{"name": "r", "models": ["three"]}]}],
+        "policies": [
+            {"name": "one"},
+            {"name": "auto", "rules": [{"name": "r", "models": ["three"], "when": {"tiers": ["gold"]}}]},
+            {"name": "other", "aliases": ["auto"]},
+        ],
         "routing": {"hedge_after": 1},
     }
     found = "\n".join(problems(site.write()))
@@ -97,12 +101,18 @@ def test_policies_that_cannot_be_used(site: Site) -> None:
         "policy 'one' is called 'one', as a model is",
         "tier 'free' names the model 'two'",
         "rule 'r' names the model 'three'",
+        "rule 'r' names the tier 'gold'",
+        "the policy 'auto' stands twice",
         "routing.hedge_after: requests are not hedged",
     ):
         assert text in found
-    assert len(found.splitlines()) == 7
+    assert len(found.splitlines()) == 9
     site.policies = {"tiers": []}
-    assert problems(site.write())[0].endswith("tiers: there must be one at least")
+    site.model("two", 2, aliases=["deux"], fallback=["deux", "one", "three"])
+    first, second, third = problems(site.write())
+    assert "'two' falls back to 'deux', which is no other" in first
+    assert "'two' falls back to 'three', which is no other" in second
+    assert third.endswith("tiers: there must be one at least")
 
 
 def test_a_server_of_several_models(site: Site) -> None:

@@ -354,7 +354,7 @@ def gateway_problems(gateway: Gateway, path: str) -> list[str]:
 
 
 def model_problems(models: Models, path: str) -> list[str]:
-    """A name or an alias that stands twice, a backend that belongs to two models."""
+    """A name or an alias that stands twice, a backend that belongs to two models, a fallback that is not there."""
     names = Counter(name for model in models.models for name in (model.name, *model.aliases))
     found = [f"{path}: the name {name!r} is used {count} times" for name, count in names.items() if count > 1]
     owners: dict[tuple[str, int], str] = {}
@@ -365,6 +365,11 @@ def model_problems(models: Models, path: str) -> list[str]:
                 found.append(f"{path}: {backend.host}:{backend.port} belongs to both {owner!r} and {model.name!r}")
         if len({(backend.host, backend.port) for backend in model.backends}) != len(model.backends):
             found.append(f"{path}: {model.name!r} names a backend twice")
+        found += [
+            f"{path}: {model.name!r} falls back to {name!r}, which is no other model of the list"
+            for name in model.fallback
+            if name not in names or name in (model.name, *model.aliases)
+        ]
     return found
 
 
@@ -402,7 +407,8 @@ def user_problems(keys: Keys, policies: Policies, path: str) -> list[str]:
 def policy_problems(policies: Policies, models: Models | None, path: str) -> list[str]:
     """A name that stands twice, and names of tiers and models that are not there."""
     found: list[str] = []
-    groups = {"tier": [one.name for one in policies.tiers], "policy": [one.name for one in policies.policies]}
+    ways = [name for one in policies.policies for name in (one.name, *one.aliases)]
+    groups = {"tier": [one.name for one in policies.tiers], "policy": ways}
     for kind, names in groups.items():
         found += [f"{path}: the {kind} {name!r} stands twice" for name, count in Counter(names).items() if count > 1]
     if not policies.tiers:
@@ -415,6 +421,13 @@ def policy_problems(policies: Policies, models: Models | None, path: str) -> lis
         f"{path}: tier {tier.name!r}: overage 'degrade' needs degrade_to"
         for tier in policies.tiers
         if tier.overage == "degrade" and not tier.degrade_to
+    ]
+    found += [
+        f"{path}: rule {rule.name!r} names the tier {name!r}, which is not there"
+        for policy in policies.policies
+        for rule in policy.rules
+        for name in rule.when.tiers
+        if name not in groups["tier"]
     ]
     if models is not None:
         known = {name for model in models.models for name in (model.name, *model.aliases)}
