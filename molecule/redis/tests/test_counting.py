@@ -32,6 +32,17 @@ def test_what_was_counted_outlives_a_restart(host: Host) -> None:
     assert host.check_output(f"{GATEWAY} GET citadel:test:restart") == "42"
 
 
+def test_what_a_script_wrote_outlives_a_restart(host: Host) -> None:
+    """Redis replays a script's writes as its default user: if that may do nothing, it comes up empty."""
+    script = "redis.call('INCR', KEYS[1]); redis.call('INCR', KEYS[1]); return redis.call('GET', KEYS[1])"
+    assert host.check_output(f'{GATEWAY} EVAL "{script}" 1 citadel:test:script') == "2"
+    host.check_output("systemctl restart redis-server")
+    answers(host)
+    assert host.check_output(f"{GATEWAY} GET citadel:test:script") == "2"
+    assert "CRITICAL" not in host.check_output("journalctl --no-pager --lines=40 --unit=redis-server")
+    host.check_output(f"{GATEWAY} DEL citadel:test:script")
+
+
 def test_what_was_forced_to_disk_outlives_a_kill(host: Host) -> None:
     host.check_output(f"{GATEWAY} SET citadel:test:kill 42")
     time.sleep(1.5)  # everysec
