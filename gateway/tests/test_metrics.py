@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from citadel_gateway import __version__
-from citadel_gateway.metrics import DURATION, TTFT, Metrics, decode, encode, read_report, read_reports, render
+from citadel_gateway.core.tally import DURATION, TTFT
+from citadel_gateway.metrics import Metrics, decode, encode, read_report, read_reports, render
 from citadel_gateway.metrics import write_atomically as write
 
 

@@ -6,7 +6,6 @@ only: an unknown model is `other`. The control process adds the files up; a work
 """
 
 import time
-from bisect import bisect_left
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -14,15 +13,11 @@ import msgspec
 from msgspec import Struct
 
 from citadel_gateway import __version__
+from citadel_gateway.core.tally import COST, DURATION, QUEUE, STORE, TTFT, Histogram, Series
 
 Labels = tuple[str, ...]
 FRESH = 5.0  # a worker whose file is older than this is gone: its gauges count no more
 
-DURATION = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320)
-TTFT = (0.05, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40)
-QUEUE = (0.005, 0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
-COST = (1e-5, 2.5e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1)
-STORE = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1)
 
 # name -> (type, labels, help)
 FAMILIES: dict[str, tuple[str, Labels, str]] = {
@@ -79,15 +74,6 @@ WORST: dict[str, Callable[[float, float], float]] = {
 }
 
 
-class Histogram(Struct):
-    counts: list[int]
-    total: float = 0.0
-
-    def observe(self, value: float, bounds: tuple[float, ...]) -> None:
-        self.counts[bisect_left(bounds, value)] += 1
-        self.total += value
-
-
 class Counter(Struct):
     """One sample on disk."""
 
@@ -109,28 +95,6 @@ class Report(Struct):
     counters: dict[str, list[Counter]] = {}
     histograms: dict[str, list[Distribution]] = {}
     gauges: dict[str, list[Counter]] = {}
-
-
-class Series:
-    """All that is counted for one (model, endpoint, stream): a request looks it up once."""
-
-    __slots__ = (
-        "bytes_in", "bytes_out", "cached", "codes", "cost", "duration", "first_token", "input", "output", "queue",
-        "spent",
-    )  # fmt: skip
-
-    def __init__(self) -> None:
-        self.codes: dict[str, int] = {}
-        self.duration = Histogram([0] * (len(DURATION) + 1))
-        self.first_token = Histogram([0] * (len(TTFT) + 1))
-        self.cost = Histogram([0] * (len(COST) + 1))
-        self.queue = Histogram([0] * (len(QUEUE) + 1))
-        self.bytes_in = 0
-        self.bytes_out = 0
-        self.input = 0
-        self.output = 0
-        self.cached = 0
-        self.spent: dict[str, float] = {}
 
 
 class Metrics:

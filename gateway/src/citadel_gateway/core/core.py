@@ -22,6 +22,7 @@ from citadel_gateway.core.health import CLOSED, HALF_OPEN, NEUTRAL, SERVED
 from citadel_gateway.core.keyring import Caller, KeyRing, Person
 from citadel_gateway.core.limits import Denied, Limiter, Reservation
 from citadel_gateway.core.routing import Query, Router, unavailable
+from citadel_gateway.core.tally import COST, DURATION, QUEUE, TTFT
 from citadel_gateway.core.ticket import (
     ADMITTED,
     FIRST_BYTE,
@@ -36,7 +37,7 @@ from citadel_gateway.core.ticket import (
     Used,
 )
 from citadel_gateway.errors import Refusal
-from citadel_gateway.metrics import COST, DURATION, QUEUE, TTFT, Labels, Metrics
+from citadel_gateway.metrics import Labels, Metrics
 from citadel_gateway.records import SYSTEM_USER, Opened, Progress, Record, Running, Settled, Why
 from citadel_gateway.settings import Gateway
 from citadel_gateway.snapshot import Snapshot

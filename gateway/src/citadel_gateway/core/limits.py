@@ -120,7 +120,7 @@ class Account:
         self.delta_number = 0
         self.burst_requests = self.burst_tokens = 0  # admitted since the last tick
         self.calling = False
-        self.told = False  # the store knows that we have something to spare
+        self.told = False  # what ends need not be told at once: there is plenty, or others know that they must wait
         self.unsaid = False  # something has ended since the last call
         self.dirty = False
         self.waiters: list[Waiter] = []
@@ -171,6 +171,10 @@ class Account:
             and (tokens_left >= share * tokens)
             and (left[2] < 0 or left[2] >= share * slots)
         )
+
+    def at_ease(self) -> bool:
+        """Of all that a request gives back when it ends we have something to spare anyway."""
+        return self.spare_tokens > 0 and self.spare_slots > 0
 
     def want(self) -> Three:
         """To spare until the next tick: twice what was needed since the last one; a single request makes no rush."""
@@ -394,7 +398,7 @@ class Limiter:
         call.done = self.answered
         account.calling = True
         account.unsaid = False
-        account.told = any(call.keep)
+        account.told = account.at_ease()
         self.store.sync(call)
 
     def answered(self, call: Call, answer: Answer | None) -> None:
@@ -414,7 +418,7 @@ class Limiter:
             account.spare_requests += answer.extra[0]
             account.spare_tokens += answer.extra[1]
             account.spare_slots += answer.extra[2]
-            account.told = account.told or any(answer.extra)
+            account.told = account.at_ease()
         kept = [
             waiter
             for waiter, (code, wait) in zip(call.waiters, answer.verdicts, strict=True)

@@ -9,8 +9,6 @@ settled request pays for the record of it (`why`).
 import zlib
 from math import exp, log
 
-from msgspec import Struct
-
 from citadel_gateway.core.catalogue import Backend, Catalogue, Key, Model
 from citadel_gateway.core.pricing import Prices
 from citadel_gateway.errors import Refusal
@@ -27,31 +25,56 @@ MASK = 0xFFFFFFFFFFFFFFFF
 Trail = list[tuple[str, str, float, str]]  # model, backend, score, note
 
 
-class Query(Struct):
-    """What is asked, as far as it decides. The last fields are written by the router."""
+class Query:
+    """What is asked, as far as it decides.
 
-    asked: str
-    key: Key
-    now: float
-    tier: str = ""
+    `prompt_tokens`: likely, a quarter of the bytes. `output_tokens`: what it may generate. `prompt_hash`: `stable_hash`
+    of the beginning of the prompt, 0 when it is not known. `language`: de, en-GB. `capability`: which endpoint it
+    needs. What follows is written by the router.
+    """
+
     model: Model | None = None  # what `resolve` has put first
-    prompt_tokens: int = 0  # likely: a quarter of the bytes
-    output_tokens: int = 0  # what it may generate
-    prompt_hash: int = 0  # `stable_hash` of the beginning of the prompt; 0: not known
-    session: str = ""
-    tools: bool = False
-    stream: bool = False
-    language: str = ""  # de, en-GB
-    tag: str = ""
-    priority: int = 0
-    budget_usd: float = 0.0
-    deadline: float = 0.0
-    capability: str = ""  # which endpoint it needs
     policy: str = ""
     rule: str = ""
     choose: str = ""
     preferred: str = ""  # the model that would have answered if all were well
     trail: Trail | None = None
+
+    def __init__(
+        self,
+        asked: str,
+        key: Key,
+        now: float,
+        tier: str = "",
+        prompt_tokens: int = 0,
+        output_tokens: int = 0,
+        prompt_hash: int = 0,
+        session: str = "",
+        tools: bool = False,
+        stream: bool = False,
+        language: str = "",
+        tag: str = "",
+        priority: int = 0,
+        budget_usd: float = 0.0,
+        deadline: float = 0.0,
+        capability: str = "",
+    ) -> None:
+        self.asked = asked
+        self.key = key
+        self.now = now
+        self.tier = tier
+        self.prompt_tokens = prompt_tokens
+        self.output_tokens = output_tokens
+        self.prompt_hash = prompt_hash
+        self.session = session
+        self.tools = tools
+        self.stream = stream
+        self.language = language
+        self.tag = tag
+        self.priority = priority
+        self.budget_usd = budget_usd
+        self.deadline = deadline
+        self.capability = capability
 
     def plain(self) -> bool:
         """Nothing was decided and nothing about the request could have decided: the one replica was taken."""

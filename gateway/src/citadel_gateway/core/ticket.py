@@ -1,6 +1,6 @@
 """One request, from its complete arrival to its one settlement."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from msgspec import Struct
 
@@ -31,7 +31,7 @@ class Line(Struct, gc=False):
     outcome: str
 
 
-class Used(Struct, frozen=True, gc=False):
+class Used(NamedTuple):
     """Tokens of a request. `exact`: said by the engine about the whole request, not counted on the way."""
 
     input: int = 0
@@ -40,21 +40,13 @@ class Used(Struct, frozen=True, gc=False):
     exact: bool = False
 
 
-class Ticket(Struct, eq=False):
-    """Filled step by step. `id` is the gateway's own and unique; `request_id` is the client's, if that is harmless.
+class Ticket:
+    """Filled step by step. `id` is the gateway's own and unique; `request_id` is the client's, if that is harmless, and
+    `name` is the same as text.
 
     Times are those of the monotonic clock, but for `at`.
     """
 
-    id: str
-    name: str  # the request id as text
-    request_id: bytes
-    endpoint: str
-    path: bytes
-    client: str
-    started: float
-    at: float
-    bytes_in: int
     state: int = RECEIVED
     bytes_out: int = 0
     lines: bytes = b""  # header lines of the answer that are known before it
@@ -101,3 +93,25 @@ class Ticket(Struct, eq=False):
     sent: float = 0.0
     first: float = 0.0
     meter: Any = None  # counts the tokens of the reply
+
+    def __init__(
+        self,
+        id: str,  # noqa: A002  # what else
+        name: str,
+        request_id: bytes,
+        endpoint: str,
+        path: bytes,
+        client: str,
+        started: float,
+        at: float,
+        bytes_in: int,
+    ) -> None:
+        self.id = id
+        self.name = name
+        self.request_id = request_id
+        self.endpoint = endpoint
+        self.path = path
+        self.client = client
+        self.started = started
+        self.at = at
+        self.bytes_in = bytes_in

@@ -8,7 +8,7 @@ import re
 from math import ceil
 
 import msgspec
-from msgspec import Raw, Struct
+from msgspec import Raw
 
 from citadel_gateway.core.catalogue import Model
 from citadel_gateway.core.routing import Query, stable_hash
@@ -16,6 +16,7 @@ from citadel_gateway.core.ticket import Ticket
 from citadel_gateway.errors import Refusal
 from citadel_gateway.settings import Limits
 from citadel_gateway.worker.request import Request
+from citadel_gateway.worker.shapes import Hints, Wanted
 from citadel_gateway.worker.usage import BYTES_PER_TOKEN, Ask, Meter, asked, replaced, with_member, with_options
 
 MOST_TEXT = 128  # characters of a header that is kept (session, tag, use case, language)
@@ -41,24 +42,6 @@ CAPABILITIES = {
 }
 WITH_OPTIONS = frozenset(("chat", "completions"))  # whose streams can be asked for usage
 OUTPUT_NAME = {"responses": "max_output_tokens", "messages": "max_tokens", "chat": "max_tokens"}
-
-
-class Wanted(Struct, gc=False):
-    """What is decoded of a body, of whichever endpoint."""
-
-    model: str
-    stream: bool | None = None
-    n: int | None = None
-    best_of: int | None = None
-    max_tokens: int | None = None
-    max_completion_tokens: int | None = None
-    max_output_tokens: int | None = None
-    user: str | None = None
-    stream_options: Raw = Raw()
-    tools: Raw = Raw()
-    messages: Raw = Raw()
-    prompt: Raw = Raw()
-    input: Raw = Raw()
 
 
 decode = msgspec.json.Decoder(Wanted).decode
@@ -98,19 +81,6 @@ def number(value: bytes, form: re.Pattern[bytes], name: str) -> float:
     if form.fullmatch(value) is None:
         raise Refusal(400, "invalid_request", f"{name} must be a number", param=name)
     return float(value)
-
-
-class Hints(Struct, frozen=True, gc=False):
-    """What the headers say about a request for a model, beside its key."""
-
-    session: str = ""
-    use_case: str = ""
-    tag: str = ""
-    language: str = ""
-    traceparent: str = ""
-    budget_usd: float = 0.0
-    timeout: float = 0.0
-    resumable: bool = False
 
 
 NO_HINTS = Hints()

@@ -6,7 +6,8 @@ requests, the gate decides, and an exchange writes the reply. Requests that a cl
 """
 
 import asyncio
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
 
 import httptools
 from uvicorn.config import Config
@@ -28,16 +29,17 @@ CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
 class Front(Replying):
-    """One client connection. Subclassed by `bound_to` with the gate it belongs to; uvicorn makes the instances."""
+    """One client connection; uvicorn makes the instances."""
 
     def __init__(
         self,
+        gate: "Gate",
         config: Config,
         server_state: ServerState,
         app_state: dict[str, Any],
         _loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
-        super().__init__(config, server_state, app_state, _loop)
+        super().__init__(gate, config, server_state, app_state, _loop)
         self.parser = httptools.HttpRequestParser(self)  # without the leniency that uvicorn switches on
         self.exchange: Exchange | None = None
         self.tunnel: Tunnel | None = None
@@ -314,5 +316,5 @@ def not_understood() -> Refusal:
 
 
 def bound_to(gate: "Gate") -> type[Front]:
-    """The protocol class of one worker."""
-    return type("BoundFront", (Front,), {"gate": gate})
+    """What makes the connections of one worker."""
+    return cast("type[Front]", partial(Front, gate))  # uvicorn only calls it

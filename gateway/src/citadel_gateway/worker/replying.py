@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import deque
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -23,16 +23,16 @@ LINGER = 2.0  # seconds that a connection stays half open after an early answer,
 class Replying(HttpToolsProtocol):
     """What the reading half (`Front`) and the exchanges write through."""
 
-    gate: ClassVar["Gate"]
-
     def __init__(
         self,
+        gate: "Gate",
         config: Config,
         server_state: ServerState,
         app_state: dict[str, Any],
         _loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
+        self.gate = gate
         self.request: Request | None = None  # the one that is being read
         self.current: Request | None = None  # the one that is being answered
         self.ready: deque[Request] = deque()  # those that wait for their turn

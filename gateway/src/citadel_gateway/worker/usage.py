@@ -10,9 +10,10 @@ import re
 from typing import Literal
 
 import msgspec
-from msgspec import Raw, Struct
+from msgspec import Raw
 
 from citadel_gateway.core.ticket import Used
+from citadel_gateway.worker.shapes import Figures, Options
 
 Ask = Literal["nothing", "total", "all"]  # what the client itself wants to see: nothing, the last event, every event
 
@@ -27,30 +28,6 @@ FINISHED = re.compile(rb'"finish_reason"\s*:\s*"')
 BLANK = b" \t\r\n"
 OPTIONS = b'{"include_usage":true,"continuous_usage_stats":true}'
 BYTES_PER_TOKEN = 4  # of a text whose engine does not say how many tokens it is
-
-
-class Options(Struct):
-    """A client's `stream_options`."""
-
-    include_usage: bool | None = None
-    continuous_usage_stats: bool | None = None
-
-
-class Details(Struct):
-    cached_tokens: int | None = None
-
-
-class Figures(Struct):
-    """The usage of chat and text completions, of embeddings, of responses and of messages."""
-
-    prompt_tokens: int | None = None
-    completion_tokens: int | None = None
-    prompt_tokens_details: Details | None = None
-    input_tokens: int | None = None
-    output_tokens: int | None = None
-    input_tokens_details: Details | None = None
-    cache_read_input_tokens: int | None = None
-    cache_creation_input_tokens: int | None = None
 
 
 decode = msgspec.json.Decoder(Figures).decode
