@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from citadel_gateway.control import tallies
+import pytest
+from citadel_gateway.control import conversations, tallies
 from citadel_gateway.control.conversations import (
     BUCKETS,
     ENDED,
@@ -15,12 +16,16 @@ from citadel_gateway.control.conversations import (
     listed,
     settled,
     sweep,
+    within,
 )
 from citadel_gateway.control.feedback import Given, record
 from citadel_gateway.control.sql import Database
 from citadel_gateway.records import Settled
+from sqlalchemy import Connection, text
+from sqlalchemy.exc import IntegrityError, OperationalError
 
 from gateway.tests.quality import HOST, NOW, RULES, database, enter, key, request
+from gateway.tests.site import Site
 
 __all__ = ["database"]
 
@@ -105,6 +110,40 @@ def test_pages(database: Database) -> None:
     second = listed(database, limit=2, before=first[-1].last_at, now=NOW)
     assert [one.session for one in (*first, *second)] == ["s4", "s3", "s2", "s1"]
     assert listed(database, user="bob", now=NOW) == []
+
+
+class Owner:
+    """As much of the process as `within` needs."""
+
+    def __init__(self, database: Database, site: Site) -> None:
+        self.database = database
+        self.settings = site.settings
+        self.snapshot = None
+
+
+def test_what_fails_does_not_hold_the_ledger_up(
+    database: Database, site: Site, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    take_in = within(Owner(database, site))  # type: ignore[arg-type]  # see above
+    with database.begin() as connection:
+        take_in(connection, [turn("a", 0)])
+    assert [one.turns for one in seen(database)] == [1]
+
+    away = OperationalError("statement", None, Exception(), connection_invalidated=True)
+    errors: list[Exception] = [KeyError("x"), IntegrityError("statement", None, Exception()), away]
+
+    def failing(connection: Connection, *_: object) -> None:
+        connection.execute(text("DELETE FROM conversations"))
+        raise errors.pop(0)
+
+    monkeypatch.setattr(conversations, "settled", failing)
+    for _ in range(2):
+        with database.begin() as connection:
+            take_in(connection, [turn("b", 1)])
+        assert [one.turns for one in seen(database)] == [1], "what was half done is taken back"
+    assert caplog.text.count("1 requests are not in them") == 2
+    with pytest.raises(OperationalError), database.engine.begin() as connection:
+        take_in(connection, [turn("b", 1)])
 
 
 def test_buckets() -> None:

@@ -92,7 +92,7 @@ def test_ids_that_clients_have_chosen(database: Database) -> None:
 
 def test_what_cannot_be_taken() -> None:
     for wrong in ({"rating": 0}, {"rating": 11}, {"rating": 5.5}, {"rating": True}, {"correct": "yes"}, {"more": 1},
-                  {"comment": "x" * 2001}, {"request_id": ""}):  # fmt: skip
+                  {"comment": "x" * 2001}, {"comment": "\x00"}, {"comment": "\ud800"}, {"request_id": ""}):  # fmt: skip
         with pytest.raises(ValidationError):
             Given.model_validate({"request_id": "r1", **wrong})
     with pytest.raises(Wrong, match="One of"):
@@ -159,6 +159,9 @@ def test_figures(database: Database) -> None:
     assert figures(database, None, "bob")[""].requests == 2
     assert figures(database, "model", "bob")["one"].feedback == 1
     assert figures(database, "model", "nobody") == {}
+    span = span_of(date(2030, 3, 10), date(2030, 3, 17), NOW)
+    assert [one.feedback for one in analyse(database, RULES, span, None, None, "user")] == [3]
+    assert [one.feedback for one in analyse(database, RULES, span, None, None, "golden")] == [0]
 
 
 def test_who_comes(database: Database) -> None:

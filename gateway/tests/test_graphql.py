@@ -147,6 +147,8 @@ async def test_no_question_for_each_row(served: Served) -> None:
 async def test_figures(served: Served) -> None:
     fill(served)
     await data(served, 'mutation { feedback(input: {requestId: "r1", correct: true, outcome: "solved"}) { valueUsd } }')
+    rows = (await data(served, "{ analytics(source: GOLDEN) { feedback } }"))["analytics"]
+    assert [one["feedback"] for one in rows] == [0, 0]
     rows = (await data(served, "{ analytics { group requests accuracy valueUsd } }"))["analytics"]
     assert rows[1] == {"group": "two", "requests": 5, "accuracy": 1.0, "valueUsd": 5.0}
     assert (await data(served, "{ usage { group requests } }"))["usage"][-1]["requests"] >= 1

@@ -11,7 +11,7 @@ from sqlalchemy import BigInteger, ColumnElement, Connection, FromClause, Select
 
 from citadel_gateway.control.auth import Control, Scoped
 from citadel_gateway.control.business import SERVED, Rules
-from citadel_gateway.control.feedback import user_of
+from citadel_gateway.control.feedback import Source, user_of
 from citadel_gateway.control.sql.engine import Database
 from citadel_gateway.control.sql.tables import feedback, requests, usage_daily
 from citadel_gateway.records import SYSTEM_USER
@@ -90,8 +90,15 @@ def span_of(first: date | None, last: date | None, now: float | None = None) -> 
     return span
 
 
-def analyse(database: Database, rules: Rules, span: Span, group: Group | None, user: str | None) -> list[Analytics]:
-    """One row for each group, in order of their names; without `group` a single one."""
+def analyse(
+    database: Database,
+    rules: Rules,
+    span: Span,
+    group: Group | None,
+    user: str | None,
+    source: Source | None = None,
+) -> list[Analytics]:
+    """One row for each group, in order of their names; without `group` a single one. `source`: whose opinions count."""
     rows: dict[str, Analytics] = {}
 
     def row(name: object) -> Analytics:
@@ -102,7 +109,7 @@ def analyse(database: Database, rules: Rules, span: Span, group: Group | None, u
     with database.read() as connection:
         if group != "outcome":
             add_use(connection, span, group, user, row)
-        add_feedback(connection, database, span, group, user, row)
+        add_feedback(connection, database, span, group, user, source, row)
         if rules.estimates and group != "outcome":
             add_estimates(connection, rules, span, group, user, row)
     for one in rows.values():
@@ -152,6 +159,7 @@ def add_feedback(
     span: Span,
     group: Group | None,
     user: str | None,
+    source: Source | None,
     row: Callable[[object], Analytics],
 ) -> None:
     c = feedback.c
@@ -179,6 +187,8 @@ def add_feedback(
     query = grouped(feedback, names[group] if group else None, sums).where(c.at >= span.start, c.at < span.end)
     if user is not None:
         query = query.where(c.user_id == user)
+    if source is not None:
+        query = query.where(c.source == source)
     if group == "outcome":
         query = query.where(c.outcome != "")
     for name, count, right, wrong, rated, total, happy, unhappy, value in connection.execute(query):
@@ -262,13 +272,16 @@ def get(
     key: Annotated[Key, Depends(Scoped("inference", "read", "admin"))],
     span: Asked,
     group_by: Group | None = None,
+    source: Source | None = None,
 ) -> list[Analytics]:
-    """The caller's own figures; those of everybody for the scopes `read` (not by user) and `admin`."""
+    """The caller's own figures; those of everybody for the scopes `read` (not by user) and `admin`. `source`: only the
+    users' own opinions, judges', or golden prompts'.
+    """
     everybody = bool({"read", "admin"} & set(key.scopes))
     if group_by == "user" and "admin" not in key.scopes:
         raise HTTPException(403, "This key lacks the scope 'admin'")
     user = None if everybody else user_of(key)
-    return analyse(control.database, Rules.of(control.snapshot), span, group_by, user)
+    return analyse(control.database, Rules.of(control.snapshot), span, group_by, user, source)
 
 
 @router.get("/v1/analytics/adoption", dependencies=[Depends(Scoped("read", "admin"))])

@@ -41,6 +41,13 @@ class GroupBy(Enum):
     OUTCOME = "outcome"
 
 
+@strawberry.enum(description="Whose opinion it is: the user's own, an administrator's, or that of golden prompts.")
+class Source(Enum):
+    USER = "user"
+    JUDGE = "judge"
+    GOLDEN = "golden"
+
+
 @strawberry.enum(description="Where a conversation stands.")
 class ConversationState(Enum):
     OPEN = "open"
@@ -149,12 +156,13 @@ class Query:
     @field("Use, accuracy, satisfaction, cost and value; read and admin: of everybody.")
     async def analytics(
         self, info: Info, from_: From = None, to: date | None = None,
-        group_by: GroupBy = GroupBy.MODEL, first: int = MOST_ROWS,
+        group_by: GroupBy = GroupBy.MODEL, source: Source | None = None, first: int = MOST_ROWS,
     ) -> list[Analytics]:  # fmt: skip
         info.context.need("inference", "read", "admin")
         if group_by is GroupBy.USER:
             info.context.need("admin")
-        return await analysed(info.context, span_of(from_, to), group_by, info.context.whose("read", "admin"), first)
+        user = info.context.whose("read", "admin")
+        return await analysed(info.context, span_of(from_, to), group_by, user, first, source)
 
     @field("Your requests, the newest first; admin: everybody's.")
     async def requests(
@@ -216,10 +224,11 @@ class Query:
 
 
 async def analysed(
-    context: Context, span: figures.Span, group: GroupBy, user: str | None, first: int
+    context: Context, span: figures.Span, group: GroupBy, user: str | None, first: int, source: Source | None = None
 ) -> list[Analytics]:
-    rules = Rules.of(context.state.snapshot)
+    database, rules = context.state.database, Rules.of(context.state.snapshot)
     by: figures.Group = group.value
+    whose: opinions.Source | None = source.value if source is not None else None
     limit = rows_of(first)
-    rows = await context.in_thread(lambda: figures.analyse(context.state.database, rules, span, by, user))
+    rows = await context.in_thread(lambda: figures.analyse(database, rules, span, by, user, whose))
     return [Analytics.of(one) for one in rows[:limit]]
