@@ -3,15 +3,19 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+import hypothesis
+import msgspec
 import pytest
 from citadel_gateway import snapshot
 from citadel_gateway.control.changes import Change, drain, resume, set_changes
 from citadel_gateway.control.state import State
 from citadel_gateway.control.stored import Actor
 from citadel_gateway.errors import Refusal
-from citadel_gateway.overrides import Kind, Override, apply, read_files
+from citadel_gateway.overrides import Kind, Override, apply, problems_of, read_files
+from citadel_gateway.settings import Model, Policies
+from hypothesis import strategies as st
 
 from gateway.tests.client import ADMIN
 from gateway.tests.controls import ThreadedControl, until
@@ -142,6 +146,39 @@ def test_limits_need_one_place_where_they_are_counted(site: Site) -> None:
     state.look()
     with pytest.raises(Refusal, match=r"one worker, or set redis\.url"):
         set_changes(state, ROOT, [Change("tier", "free", "concurrency", 1)])
+
+
+VALUES = st.one_of(
+    st.none(), st.booleans(), st.integers(-1, 3), st.floats(), st.sampled_from(["uno", "one", "premium", "x\n"]),
+    st.lists(st.sampled_from(["uno", "prod", "due", "one"]), max_size=3),
+    st.dictionaries(st.sampled_from(["name", "models", "choose", "priority"]), st.integers(0, 9), max_size=2),
+)  # fmt: skip
+CHANGES = st.builds(
+    Override,
+    kind=st.sampled_from(get_args(Kind)),
+    name=st.sampled_from(["one", "two", "basic", "premium", "auto", "new", "owner", "user"]),
+    field=st.sampled_from(["", "127.0.0.1:11400", "tokens_per_minute", "priority", "tier", "enabled"]),
+    value=VALUES,
+    declared=st.one_of(st.none(), st.just(1.0), st.just(True), st.just(["uno", "prod"]), st.just([]), st.just(0)),
+    at=st.floats(0, 9),
+    host=st.sampled_from(["", "test", "elsewhere"]),
+)
+
+
+def test_no_set_of_changes_makes_files_that_could_not_be_read(site: Site) -> None:
+    settings = site.settings
+    declared = read_files(settings)
+
+    @hypothesis.settings(max_examples=200, deadline=None, derandomize=True, database=None)
+    @hypothesis.given(st.lists(CHANGES, max_size=5))
+    def every(changes: list[Override]) -> None:
+        files, standings = apply(declared, changes, settings)
+        assert sorted(one.override.at for one in standings) == sorted(one.at for one in changes)
+        assert problems_of(files, settings) == []
+        assert msgspec.json.decode(msgspec.json.encode(files.policies), type=Policies) == files.policies
+        assert msgspec.json.decode(msgspec.json.encode(files.models), type=tuple[Model, ...]) == files.models
+
+    every()
 
 
 # against a control process --------------------------------------------------------------------------------------------
