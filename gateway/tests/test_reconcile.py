@@ -284,6 +284,24 @@ def test_the_check_finds_what_is_wrong(
     assert "1 lines of the journal are damaged" in out
 
 
+def test_old_requests_can_go(
+    control: ThreadedControl, site: Site, journal: FakeJournal, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("citadel_gateway.control.sql.reports.PRUNED", 2)
+    day = 86_400
+    journal.write(*(settled(f"a-{number}", at=1_900_000_000.0 + number * day) for number in range(6)))
+    entered(control, 6)
+    assert run(site, "ledger", "prune", "2030-03-20") == 0
+    assert capsys.readouterr().out == "3 requests of the days before 2030-03-20 are deleted\n"
+    assert run(site, "ledger", "check") == 0
+    assert run(site, "usage", "--from", "2030-03-01", "--to", "2030-03-31", "--json") == 0
+    assert json.loads(capsys.readouterr().out.partition("add up\n")[2])["total"]["requests"] == 6
+    assert run(site, "audit") == 0
+    assert "ledger.prune" in capsys.readouterr().out
+    assert run(site, "ledger", "prune", "yesterday") == 1
+
+
 def test_migrate(site: Site, postgres_server: PostgresServer, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(site, "migrate") == 0
     assert capsys.readouterr().out.startswith("migrated: sqlite:///")

@@ -73,6 +73,10 @@ def add_ledger(ledger: Commands) -> None:
     )
     add_key_options(parser)
 
+    parser = ledger.add("prune", "Delete old requests; what they add up to by day stays.", prune)
+    parser.add_argument("before", metavar="DAY", help="the first day that stays, as 2031-05-17")
+    add_key_options(parser)
+
 
 def add_reconcile(commands: Commands) -> None:
     parser = commands.add(
@@ -208,6 +212,14 @@ def check(options: argparse.Namespace, settings: Gateway) -> int:
     print(f"{found['requests']} requests of {found['users']} users, each once; {found['open']} open; ", end="")
     print(f"{len(faults)} faults" if faults else "the days add up")
     return 1 if faults else 0
+
+
+def prune(options: argparse.Namespace, settings: Gateway) -> int:
+    client = client_of(settings, options)
+    client.timeout = TIMEOUT
+    found = client.ask("POST", f"/admin/ledger/prune?{urlencode({'before': options.before})}")
+    print(f"{found['requests']} requests of the days before {found['before']} are deleted")
+    return 0
 
 
 def apart(line: dict[str, Any]) -> str:

@@ -38,12 +38,18 @@ class Reconciling:
         if self.client is not None:
             self.wait(self.client)
         files = dict(one.partition("=")[::2] for one in self.options.metrics)
-        found = {}
-        for model in files or self.models:
-            if model not in self.local or not self.local[model]:
+        for model in files:
+            if not self.local.get(model):
                 raise Failed(f"reconcile: {model} has no engine on this host")
-            found[model] = engines(self.page(model, files.get(model)), self.local[model][0])
-        return Reading(time.time(), found, canaries(Path(self.options.canaries)))
+        folder = Path(self.options.canaries)
+        while True:
+            probed = canaries(folder)
+            found = {
+                model: engines(self.page(model, files.get(model)), self.local[model][0])
+                for model in files or self.models
+            }
+            if probed == canaries(folder):  # else an engine was probed between its counters and what it says of probes
+                return Reading(time.time(), found, probed)
 
     def page(self, model: str, path: str | None) -> str:
         if path is not None:

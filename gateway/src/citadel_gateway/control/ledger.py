@@ -14,11 +14,12 @@ from pydantic import BaseModel
 
 from citadel_gateway.books import Books
 from citadel_gateway.control import conversations, sheets
-from citadel_gateway.control.auth import Control, Scoped
+from citadel_gateway.control.auth import Admin, Control, Scoped
 from citadel_gateway.control.settler import Settler
 from citadel_gateway.control.sql import reports
 from citadel_gateway.control.sql.reports import FIGURES, Wanted
 from citadel_gateway.control.state import State
+from citadel_gateway.control.stored import note
 from citadel_gateway.core.pricing import Prices
 from citadel_gateway.metrics import label_text, number
 from citadel_gateway.records import encode
@@ -87,6 +88,11 @@ class Cost(BaseModel):
     per_mtoken_usd: float | None
     busy: float
     idle_usd_today: float
+
+
+class Pruned(BaseModel):
+    before: str
+    requests: int
 
 
 def day(text: str) -> str:
@@ -263,6 +269,16 @@ def check(control: Control, sums: bool = True) -> dict[str, Any]:
         "damaged": int(figures["llm_gateway_journal_damaged_total"]),
         "rejected": int(figures["llm_gateway_journal_rejected_total"]),
     }
+
+
+@router.post("/admin/ledger/prune")
+def prune(control: Control, actor: Admin, before: Annotated[str, Query(description="A day; it stays.")]) -> Pruned:
+    """Delete old requests; what they add up to by day stays."""
+    end = day(before)
+    gone = reports.prune(control.database, moment(end))
+    with control.database.begin() as connection:
+        note(connection, actor, control.settings.host, "ledger.prune", end, after={"requests": gone})
+    return Pruned(before=end, requests=gone)
 
 
 @router.get("/admin/ledger/tokens", dependencies=[Depends(Scoped("admin"))])

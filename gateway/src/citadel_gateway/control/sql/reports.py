@@ -18,6 +18,7 @@ FIGURES = (
 )  # fmt: skip
 NAMES = {"user_id": "user", "key_id": "key", "cost_nanousd": "cost_usd"}  # a column's name in a record
 PAGE = 1000
+PRUNED = 5000
 
 Rows = list[dict[str, Any]]
 
@@ -151,7 +152,9 @@ class Check(msgspec.Struct):
 
 
 def check(connection: Connection) -> Check:
-    """Whether the days add up to the requests. That an id stands once is the table's own promise."""
+    """Whether the days add up to the requests. That an id stands once is the table's own promise. Days before the first
+    request that is kept have only their sums left.
+    """
     names = ("requests", "refused", "errors", "input_tokens", "output_tokens", "cached_tokens", "cost_usd")
     table = requests.c
     refused = case((table.outcome.in_(REFUSED), 1), else_=0)
@@ -166,6 +169,9 @@ def check(connection: Connection) -> Check:
         tuple(row)[:4]: exact(row, names) for row in connection.execute(counted.group_by(*(table[k] for k in keys)))
     }
     kept = select(*(usage_daily.c[key] for key in keys), *(usage_daily.c[name] for name in names))
+    first = connection.execute(select(func.min(table.day))).scalar()
+    if first is not None:
+        kept = kept.where(usage_daily.c.day >= first)
     said = {tuple(row)[:4]: exact(row, names) for row in connection.execute(kept)}
     wrong = [
         {
@@ -194,3 +200,15 @@ def missing(connection: Connection, names: Sequence[str]) -> list[str]:
         known = set(connection.execute(select(requests.c.id).where(requests.c.id.in_(part))).scalars())
         found += [name for name in part if name not in known]
     return found
+
+
+def prune(database: Database, before: float) -> int:
+    """Delete requests that came before a moment, a few thousand in a transaction; how many. Their sums stay."""
+    gone = 0
+    while True:
+        with database.begin() as connection:
+            found = select(requests.c.id).where(requests.c.at < before).limit(PRUNED)
+            count = connection.execute(requests.delete().where(requests.c.id.in_(found.scalar_subquery()))).rowcount
+        gone += count
+        if count < PRUNED:
+            return gone
