@@ -80,9 +80,9 @@ async def test_a_flapping_engine_costs_nobody_an_answer(site: Site, engine: Fake
         visitors = [asyncio.create_task(visit(gateway.port)) for _ in range(4)]
         for _ in range(4):
             await asyncio.sleep(0.15)
-            await engine.stop()
+            engine.mode, engine.health = "close", 503
             await asyncio.sleep(0.15)
-            await engine.start()
+            engine.mode, engine.health = "slow", 200
         over = True
         await asyncio.gather(*visitors)
     assert set(statuses) == {200}
