@@ -675,7 +675,7 @@ class Traffic:
     def justify(self, denied: Denied, tokens: int) -> None:
         """No more than 2 % or this one request is unused of the limit that refuses."""
         self.refused += 1
-        used = self.at.used(60.2)  # two slots: the time of a tick and the age of a slot are not finer
+        used = self.at.used(60.25)  # two slots and a bit: the time of a tick and the age of a slot are not finer
         need = tokens if denied.kind.startswith("tokens") else 1
         unused = denied.limit - used[denied.kind]
         assert unused < need or unused <= 0.02 * denied.limit, (denied.kind, denied.limit, unused, need)
