@@ -500,9 +500,9 @@ def test_twenty_times_as_much_as_can_be_done() -> None:
     simulation = Simulation(slots=8, service=0.5)  # 16 requests a second
     simulation.run([(30, 12), (60, 320), (30, 12)])
     assert simulation.percentile(0, 30) == 0
-    # those who are admitted wait no longer than a request takes, after the first moments in which it may be a burst
-    assert simulation.percentile(30, 90) <= 0.75
-    assert max(wait for arrived, wait in simulation.waits if arrived >= START + 34) <= 1.0
+    # those who are admitted wait for less than a request takes, after the first moments in which it may be a burst
+    assert simulation.percentile(30, 90) <= 0.7 * 0.5
+    assert max(wait for arrived, wait in simulation.waits if arrived >= START + 34) <= 0.5
     # the engine is never idle, and does in the overload what it can do at all
     assert simulation.idle == 0
     served = sum(1 for arrived, _ in simulation.waits if 30 <= arrived - START < 90)

@@ -11,7 +11,7 @@ tiers alone are more than the engine can do, every eighth free slot goes to the 
 How long a wait will be is known from Little's law: slots divided by the time for which a request holds one is the rate
 at which places become free. Who would wait for longer than allowed is refused at once, and the answer says when there
 will be a place. Under overload (more than twice as much asked as can be done, for a while) a long queue helps nobody,
-everyone would just wait as long as is allowed: it is then kept as short as one turn of the engine.
+everyone would just wait as long as is allowed: it is then kept shorter than a turn of the engine.
 """
 
 from bisect import bisect_left, insort
@@ -41,6 +41,8 @@ NEWER = 0.05  # weight of the newest measurement of how long a slot is held
 UNFAIR = 0.1  # seconds that another worker's waiter may be ahead of ours before we leave a slot to it
 HORIZON = 10.0  # seconds over which arrivals are compared with what can be done
 OVERLOAD, RELIEF, MOST = 2.0, 1.2, 3.0  # times of what can be done: overload begins, ends, and is never called worse
+TURN = 0.6  # of the time for which a slot is held: the longest wait then, so that nobody takes twice as long as usual
+FEWEST = 2  # waiters that are let wait nevertheless, so that no slot is ever free
 LENIENCE = 1.5  # times of that wait before a waiter is sent away again: the estimate moves a little all the time
 SHORTEST = 0.05  # seconds: no queue is kept shorter than this
 LAST = 1 << 62  # comes after all serial numbers
@@ -80,7 +82,7 @@ class Shed(Refusal):
 class Entry:
     """A waiter with its place."""
 
-    __slots__ = ("deadline", "lane", "order", "priority", "serial", "tokens", "until", "user", "waiter")
+    __slots__ = ("deadline", "lane", "order", "priority", "serial", "since", "tokens", "until", "user", "waiter")
 
     def __init__(self, lane: "Lane", waiter: Waiter, user: str, priority: int, tokens: int) -> None:
         self.lane = lane
@@ -90,6 +92,7 @@ class Entry:
         self.tokens = tokens
         self.order = 0.0
         self.serial = 0
+        self.since = 0.0
         self.until = 0.0
         self.deadline = False  # `until` is the client's, not ours
 
@@ -166,7 +169,7 @@ class Lane:
         self.overloaded = self.arrived + elsewhere > (RELIEF if self.overloaded else OVERLOAD) * capacity
 
     def relieve(self) -> None:
-        """There is a free slot and nobody waits: whatever came before, it is over."""
+        """Half of the slots are free and nobody waits: whatever came before, it is over."""
         self.overloaded = False
         self.arrived = min(self.arrived, self.capacity())
 
@@ -177,7 +180,7 @@ class Lane:
             return longest
         rate = self.rate()
         turn = OTHERS / rate if lower and rate else 0.0
-        return min(longest, max(self.held, SHORTEST, turn))
+        return min(longest, max(self.held * max(TURN, min(FEWEST / (self.total or 1), 1.0)), SHORTEST, turn))
 
     def expected(self, ahead: float, lower: float | None = None) -> float:
         """Seconds until the turn of one with so many before it; `lower`: how many of them count where every eighth slot
@@ -325,7 +328,7 @@ class Gatekeeper:
             self.serve(lane, now)
             free = lane.free()
         if free > 0 and not lane.queue and model.inflight < self.most and lane.may_take(free, now):
-            if lane.overloaded:
+            if lane.overloaded and 2 * free >= lane.total:
                 lane.relieve()
             lane.take()
             return ADMITTED
@@ -354,7 +357,7 @@ class Gatekeeper:
             self.drop(victim, self.shed(lane, "evicted", lane.expected(ahead), len(lane.queue)))
         self.serial += 1
         entry = Entry(lane, waiter, user, priority, tokens)
-        entry.order, entry.serial = order, self.serial
+        entry.order, entry.serial, entry.since = order, self.serial, now
         entry.until = now + min(self.settings.max_wait, left)
         entry.deadline = left < self.settings.max_wait and bool(deadline)
         self.entries[waiter] = entry
@@ -415,7 +418,7 @@ class Gatekeeper:
             self.expire(lane, now)
         self.serve(lane, now)
         if lane.overloaded:
-            self.shorten(lane)
+            self.shorten(lane, now)
 
     def serve(self, lane: Lane, now: float) -> None:
         """Give free slots to waiters. One that goes may come back here before it returns; that one changes nothing."""
@@ -444,21 +447,20 @@ class Gatekeeper:
                 self.drop(entry, refusal)
         lane.soonest = min((entry.until for _, _, entry in lane.queue), default=1e18)
 
-    def shorten(self, lane: Lane) -> None:
-        """Under overload: let go at once whose turn will not come soon, from the end of the queue."""
+    def shorten(self, lane: Lane, now: float) -> None:
+        """Under overload: let go at once whose turn will not come soon, from the end of the queue, and who has waited
+        for too long already: that is who came in the burst before, and was set back for it.
+        """
         patience, longer = lane.patience() * LENIENCE, lane.patience(True) * LENIENCE
         top = lane.queue[0][2].priority if lane.queue else 0
         lower = sum(1 for _, _, entry in lane.queue if entry.priority < top)
         scale = lane.scale()
         for position, (_, _, entry) in reversed(tuple(enumerate(lane.queue))):
-            expected = lane.expected(position * scale)
-            if expected <= patience:
-                break
+            allowed, expected = patience, lane.expected(position * scale)
             if entry.priority < top:
                 lower -= 1
-                if lane.expected(position * scale, lower * scale) <= longer:
-                    continue
-            if entry.waiter in self.entries:
+                allowed, expected = longer, lane.expected(position * scale, lower * scale)
+            if (expected > allowed or now - entry.since > allowed) and entry.waiter in self.entries:
                 self.drop(entry, self.shed(lane, "wait", expected - patience, position))
 
     # refusals -------------------------------------------------------------------------------------------------------
