@@ -17,6 +17,7 @@ The test tells it what to do by `mode` (for all requests) or by the header `x-fa
     until_close a reply without a length
     extra       two replies to one request
     continue    100 Continue first
+    headonly    the head of a stream at once, and then nothing, as vLLM does while its worker hangs
 """
 
 import asyncio
@@ -95,6 +96,10 @@ class FakeEngine:
             writer.write(b"HTTP/1.1 %d X\r\ncontent-length: 0\r\nconnection: close\r\n\r\n" % self.health)
             await writer.drain()
             return False
+        if method == "GET":  # probes ask for counters, which it has none of
+            writer.write(b"HTTP/1.1 404 X\r\ncontent-length: 0\r\nconnection: close\r\n\r\n")
+            await writer.drain()
+            return False
         self.seen.append(Seen(method, path, headers, body, head))
         watcher = asyncio.ensure_future(self.watch(reader, writer))
         try:
@@ -113,7 +118,7 @@ class FakeEngine:
         writer.transport.abort()
 
     async def answer(self, mode: str, request: dict[str, Any], writer: asyncio.StreamWriter) -> bool:
-        if mode in ("hang", "close", "garbage") or mode.isdigit():
+        if mode in ("hang", "headonly", "close", "garbage") or mode.isdigit():
             return await self.refuse(mode, writer)
         if mode == "slow":
             await self.pause(writer, self.delay)
@@ -127,7 +132,11 @@ class FakeEngine:
         return await self.reply(mode, request, writer)
 
     async def refuse(self, mode: str, writer: asyncio.StreamWriter) -> bool:
-        if mode == "hang":
+        if mode == "headonly":
+            stream = b"content-type: text/event-stream; charset=utf-8\r\ntransfer-encoding: chunked\r\n\r\n"
+            writer.write(b"HTTP/1.1 200 OK\r\n" + stream)
+            await writer.drain()
+        if mode in ("hang", "headonly"):
             await self.pause(writer, 600)
         elif mode == "garbage":
             writer.write(b"this is no HTTP\r\n\r\n")
