@@ -11,7 +11,7 @@ from citadel_gateway.control.chat import parsed
 from websockets.asyncio.client import ClientConnection
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
-from gateway.tests.client import ADMIN, KEY, get, until
+from gateway.tests.client import ADMIN, KEY, Wire, get, head_of, until
 from gateway.tests.fake_engine import FakeEngine, event_bytes
 from gateway.tests.live_site import LiveSite, closed, drained, said, say
 
@@ -261,6 +261,24 @@ async def test_a_fault_of_ours_is_an_end_too(
     assert (error["id"], error["status"], error["error"]["code"]) == ("a", 500, "internal_error")
     await say(socket, type="request", id="a", body=BODY)
     assert (await said(socket))["type"] == "response"
+
+
+async def test_who_pings_and_does_not_read_fills_no_memory(live: LiveSite, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sockets, "CLOSE_SECONDS", 0.1)
+    wire = Wire(*await asyncio.open_unix_connection(live.settings.control_socket))
+    upgrade = {"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Version": "13"}
+    wire.send(head_of("GET", "/v1/ws/chat", {**upgrade, "Sec-WebSocket-Key": "AAAAAAAAAAAAAAAAAAAAAA=="}))
+    assert (await wire.reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 101 ")
+    ping = b"\x89\xfd\0\0\0\0" + b"x" * 125
+    for _ in range(20):
+        wire.send(ping * 2000)
+        await wire.writer.drain()
+    buffered = [one.transport.get_write_buffer_size() for one in live.server.server_state.connections]
+    assert max(buffered) < 500_000
+    started = asyncio.get_running_loop().time()
+    await live.stop()  # nor does a client that has not said its key hold it up
+    assert asyncio.get_running_loop().time() - started < sockets.AUTH_SECONDS / 2
+    await wire.close()
 
 
 async def test_idle_connections_end(live: LiveSite, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -55,7 +55,7 @@ from citadel_gateway.control import (
 )
 from citadel_gateway.control.auth import Scoped
 from citadel_gateway.control.graphql import http as graphql
-from citadel_gateway.control.sockets import MESSAGE_BYTES
+from citadel_gateway.control.sockets import MESSAGE_BYTES, Frames
 from citadel_gateway.control.sql import DatabaseAwayError
 from citadel_gateway.control.state import LOOK_SECONDS, State
 from citadel_gateway.errors import Refusal, error_body
@@ -209,7 +209,7 @@ class ControlServer(uvicorn.Server):
                 log_config=None,
                 log_level="warning",  # uvicorn would write down the address of each WebSocket, query and all
                 access_log=False,
-                ws="websockets-sansio",
+                ws=Frames,
                 ws_max_size=MESSAGE_BYTES,
                 ws_ping_interval=20,
                 ws_ping_timeout=60,

@@ -14,6 +14,7 @@ import msgspec
 from msgspec import Struct
 from starlette.responses import Response
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 from citadel_gateway.control.auth import is_local, state_of
 from citadel_gateway.control.lines import Line, Lines, address_of
@@ -21,6 +22,7 @@ from citadel_gateway.errors import Refusal
 from citadel_gateway.settings import Key
 
 AUTH_SECONDS = 10.0
+CLOSE_SECONDS = 2.0
 MESSAGE_BYTES = 4 * 1024 * 1024  # the largest message; larger requests go by HTTP
 REASON_BYTES = 120  # room that a close frame has
 POLICY, RESTART, LATER, GOING = 1008, 1012, 1013, 1001  # RFC 6455, section 7.4, and IANA's list
@@ -33,6 +35,22 @@ class Auth(Struct, tag="auth", tag_field="type"):
 
 
 decode_auth = msgspec.json.Decoder(Auth).decode
+
+
+class Frames(WebSocketsSansIOProtocol):
+    """uvicorn's protocol; to who does not read, no pong is sent, because nobody would bound how many there are."""
+
+    def handle_ping(self) -> None:
+        if self.writable.is_set():
+            super().handle_ping()
+        else:
+            self.conn.data_to_send()
+
+    def shutdown(self) -> None:
+        if self.writable.is_set():
+            super().shutdown()
+        else:
+            self.transport.abort()
 
 
 class SocketEnd(Exception):  # noqa: N818  # an end that was decided
@@ -71,7 +89,7 @@ class Socket:
         )
         await websocket.accept()
         if not authorization:
-            await self.first_message()
+            await first(self.first_message(), self.ended())
 
     async def first_message(self) -> None:
         try:
@@ -83,6 +101,10 @@ class Socket:
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             raise Refusal(401, "missing_api_key", 'The first message must be {"type":"auth","key":"…"}') from None
         self.lines.belongs(self.line, self.key.id)
+
+    async def ended(self) -> None:
+        await self.line.ending.wait()
+        raise SocketEnd(RESTART, "restarting")
 
     def use(self, token: str) -> None:
         self.token = token
@@ -144,15 +166,18 @@ async def serve(websocket: WebSocket, scopes: frozenset[str], work: Callable[[So
     """One connection from its handshake to its end; `work` ends it by returning or raising SocketEnd."""
     socket = Socket(websocket, scopes)
     with suppress(WebSocketDisconnect), ExitStack() as held:
+        last: Coroutine[Any, Any, None]
         try:
             await websocket.receive()  # websocket.connect
             await socket.begin(held)
             await work(socket)
-            await socket.close(1000, "")
+            last = socket.close(1000, "")
         except Refusal as refusal:
-            await socket.refuse(refusal)
+            last = socket.refuse(refusal)
         except SocketEnd as end:
-            await socket.close(end.code, end.reason)
+            last = socket.close(end.code, end.reason)
+        with suppress(TimeoutError):  # of who does not read
+            await asyncio.wait_for(last, CLOSE_SECONDS)
 
 
 async def first(*works: Coroutine[Any, Any, None]) -> None:
