@@ -535,6 +535,24 @@ def test_many_users_are_forgotten_again(world: Callable[..., World]) -> None:
         assert alive[3] == -2
 
 
+def test_a_quota_outlives_the_rest(world: Callable[..., World]) -> None:
+    at = world()
+    someone = Someone("a", Tier("t", tokens_per_day=1000, tokens_per_month=1500))
+    at.end(at.get(someone, 900), 900)
+    at.pass_time(200)
+    assert at.limiters[0].accounts == {}
+    assert at.refused(someone, 200).kind == "tokens_per_day"
+    at.noon += 86400
+    at.end(at.get(someone, 500), 500)
+    at.pass_time(200)
+    assert at.refused(someone, 200).kind == "tokens_per_month"
+    at.noon += 20 * 86400
+    at.pass_time(200)
+    at.get(someone, 1000)
+    if isinstance(at.store, MemoryStore):
+        assert at.store.quotas == {}
+
+
 def test_headers_are_those_of_openai(world: Callable[..., World]) -> None:
     at = world()
     someone = Someone("a", Tier("t", requests_per_minute=10, tokens_per_minute=1000))

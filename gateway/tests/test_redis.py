@@ -351,6 +351,19 @@ async def test_a_redis_that_lets_us_not_in_is_away(
     assert redis_server.password not in caplog.text
 
 
+async def test_a_worker_that_stood_still_does_not_blame_redis(worker: Make, redis_server: RedisServer) -> None:
+    one = await worker(redis_settings(redis_server))
+    someone = Someone("a", TIER)
+    assert one.limiter.reserve(someone, 10, time.monotonic(), lambda result: None) is None
+    await asyncio.sleep(0)  # it is written
+    time.sleep(0.4)  # noqa: ASYNC251  # the loop stands still: that is what this is about
+    link = one.store.link
+    await until(lambda: someone.account.open_slots == 1)
+    await asyncio.sleep(0.05)
+    assert one.store.up
+    assert one.store.link is link
+
+
 async def test_nothing_that_speaks_another_language_is_taken_for_redis(worker: Make, tmp_path: Path) -> None:
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.read(100)

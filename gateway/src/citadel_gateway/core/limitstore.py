@@ -148,6 +148,7 @@ class MemoryStore:
         self.since = 0.0
         self.on_up: Callable[[], None] = lambda: None
         self.users: dict[str, Use] = {}
+        self.quotas: dict[str, tuple[tuple[int, int], tuple[int, int]]] = {}  # of those who are idle
         self.beats: dict[str, float] = {}
         self.swept = 0.0
 
@@ -163,6 +164,7 @@ class MemoryStore:
         use = self.users.get(call.user)
         if use is None:
             use = self.users[call.user] = Use()
+            use.days, use.months = self.quotas.pop(call.user, (use.days, use.months))
         number, delta_number, _, _ = use.holds.get(call.worker, (0, 0, None, None))
         if call.number <= number:
             return None
@@ -190,16 +192,20 @@ class MemoryStore:
         return Answer(len(living), extra, room.remaining(), room.overage, verdicts)
 
     def tick(self, now: float) -> None:
-        """Forget who has been idle for a minute, now and then."""
+        """Forget who has been idle for a minute, but for the tokens of this month."""
         if now - self.swept < 60:
             return
         self.swept = now
         slot = math.floor(now * 10)
-        day, month = calendar(self.wall())
+        _, month = calendar(self.wall())
         for user, use in list(self.users.items()):
             use.trim(slot)
-            if use.idle() and use.days[0] != day and use.months[0] != month:
+            if use.idle():
                 del self.users[user]
+                if use.months[0] == month:
+                    self.quotas[user] = (use.days, use.months)
+        for user in [user for user, (_, months) in self.quotas.items() if months[0] != month]:
+            del self.quotas[user]
 
     def close(self) -> None:
         """Nothing lasts longer than the process."""

@@ -23,6 +23,7 @@ log = logging.getLogger("citadel_gateway")
 RETRIES = (0.1, 0.2, 0.4, 0.8)  # seconds between attempts to connect; then the last one again and again
 PROBE = 0.5  # seconds until a Redis that refuses to work (no memory, loading) is asked again
 CONNECT = 2.0
+SECOND_LOOK = 0.01
 
 Handler = Callable[[Any], None]
 
@@ -187,6 +188,9 @@ class RedisStore:
             self.link.transport.write(b"".join(out))
 
     def replied(self, reply: Any) -> None:
+        if not self.expected:
+            self.fail("it answers what was not asked")
+            return
         sent, handler = self.expected.popleft()
         self.observe(self.clock() - sent)
         handler(reply)
@@ -233,8 +237,8 @@ class RedisStore:
 
     def tick(self, now: float) -> None:
         """Ten times a second: is somebody late, is it time to try again?"""
-        if self.expected and now - self.expected[0][0] > self.settings.timeout:
-            self.fail(f"no answer within {self.settings.timeout} s")
+        if self.expected and now - self.expected[0][0] > self.settings.timeout and self.loop is not None:
+            self.loop.call_later(SECOND_LOOK, self.look_again, self.expected[0])
         if self.up or self.closed or self.loop is None or now < self.next_try:
             return
         if self.link is not None:
@@ -243,6 +247,11 @@ class RedisStore:
                 self.probe()
         elif self.connecting is None:
             self.connecting = self.loop.create_task(self.connect())
+
+    def look_again(self, late: tuple[float, Handler]) -> None:
+        """The answer may have been there all the time, when it was this process that stood still."""
+        if self.expected and self.expected[0] is late:
+            self.fail(f"no answer within {self.settings.timeout} s")
 
     def close(self) -> None:
         """What was said before is still written."""
