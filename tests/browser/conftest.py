@@ -5,6 +5,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -91,30 +92,30 @@ class Served:
             {"id": "page", "sha256": digest(READER), "scopes": ["read"]},
             {"id": "alertmanager", "sha256": digest(ALERTER), "scopes": ["alerts"]},
         ]
-        self.engine_port = free_port()
         for model in MODELS:
-            self.site.model(model, self.engine_port, context=8192)
-            self.engine_port = self.engine_port if model == MODELS[-1] else free_port()
+            self.site.model(model, free_port(), context=8192)
         self.worker = FakeWorker(folder / "run")
         self.url = f"http://127.0.0.1:{self.site.config['listen']['port']}"
 
     def __enter__(self) -> "Served":
-        config = str(self.site.write())
-        ports = [one["backends"][0]["port"] for one in self.site.models]
-        self.engines = [start("-m", "gateway.tests.fake_engine", str(port)) for port in ports]
-        for port, engine in zip(ports, self.engines, strict=True):
-            wait_for(f"http://127.0.0.1:{port}/health", engine)
-        self.process = start("-m", "citadel_gateway", "serve", "--config", config)
-        wait_for(f"{self.url}/live", self.process)
-        self.worker.thread.start()
+        with ExitStack() as stack:  # whatever fails, nothing stays behind
+            config = str(self.site.write())
+            for model in self.site.models:
+                port = model["backends"][0]["port"]
+                engine = start("-m", "gateway.tests.fake_engine", str(port))
+                stack.callback(stop, engine)
+                wait_for(f"http://127.0.0.1:{port}/health", engine)
+            self.process = start("-m", "citadel_gateway", "serve", "--config", config)
+            stack.callback(stop, self.process, 60)
+            wait_for(f"{self.url}/live", self.process, 60)
+            self.worker.thread.start()
+            stack.callback(self.worker.thread.join)
+            stack.callback(self.worker.ended.set)
+            self.held = stack.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.worker.ended.set()
-        self.worker.thread.join()
-        stop(self.process)
-        for engine in self.engines:
-            stop(engine)
+        self.held.close()
 
     def post(self, path: str, body: Any = None, key: str = ADMIN) -> None:
         headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
