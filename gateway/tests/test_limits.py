@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 
 import pytest
 from citadel_gateway.books import Books
-from citadel_gateway.core import limits
-from citadel_gateway.core.limits import Denied, Limiter, Reservation
+from citadel_gateway.core.accounts import UNSURE
+from citadel_gateway.core.limits import CLOSED, Denied, Limiter, Reservation
 from citadel_gateway.core.limitstore import Answer, Call, MemoryStore, Store, calendar, month_end
 from citadel_gateway.redis_address import limits_script, pack
 from citadel_gateway.settings import Gateway, Listen, Redis, Tier
@@ -231,7 +231,7 @@ def test_slots_come_back_when_a_request_ends(world: Callable[..., World]) -> Non
     first, _ = at.get(someone), at.get(someone)
     denied = at.refused(someone)
     assert (denied.kind, denied.limit) == ("concurrency", 2)
-    assert denied.retry_after == limits.UNSURE
+    assert denied.retry_after == UNSURE
     at.pass_time(4)
     at.end(first)
     at.get(someone)
@@ -489,7 +489,7 @@ def test_without_an_answer_the_setting_decides(world: Callable[..., World]) -> N
         else:
             assert isinstance(at.answers[0], Denied)
             denied = at.refused(someone, 100)
-            assert (denied.kind, denied.retry_after) == ("limits_unavailable", limits.CLOSED)
+            assert (denied.kind, denied.retry_after) == ("limits_unavailable", CLOSED)
         at.pass_time(10)
         at.store.up = True
         at.pass_time(1.5)
