@@ -1,5 +1,6 @@
 """Feedback: whose it is, how it is corrected, what is counted, and what the figures make of it."""
 
+from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 
 import pytest
@@ -51,6 +52,25 @@ def test_a_correction_takes_value_back(database: Database) -> None:
         assert give(database, key(), outcome=outcome)
     assert counted(database, VALUE) == {("other", "other", "realised"): 5 + 3 + 5, ("other", "other", "lost"): 8}
     assert [one.value_usd for one in listed(database)] == [5]
+
+
+def test_many_at_once(database: Database) -> None:
+    """Ratings of one request that meet: one row, and each change is counted once, in some order."""
+    enter(database, [request(use_case="support")])
+    with database.begin():
+        pass  # the tables are made by the first who comes
+
+    def one(number: int) -> None:
+        outcome = ("solved", "escalated")[number % 2]
+        assert give(database, key(), rating=number + 1, outcome=outcome) is not None
+
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(one, range(10)))
+    (row,) = listed(database)
+    assert sum(counted(database, SATISFACTION).values()) == 10
+    value = counted(database, VALUE)
+    net = value[("one", "support", "realised")] - value.get(("one", "support", "lost"), 0)
+    assert net == row.value_usd
 
 
 def test_whose_requests(database: Database) -> None:

@@ -15,11 +15,14 @@ from citadel_gateway.control.graphql.limits import BOUNDS
 from citadel_gateway.control.graphql.schema import schema
 from citadel_gateway.control.sql import DatabaseAwayError
 from citadel_gateway.worker import process
+from hypothesis import HealthCheck, given, settings
+from hypothesis_graphql import from_schema
 from sqlalchemy import event
 
 from gateway.tests.client import until
 from gateway.tests.fake_engine import FakeEngine
 from gateway.tests.quality import KEYS, Served, request, served
+from gateway.tests.servers import PostgresServer
 from gateway.tests.site import Running, Site, digest
 
 __all__ = ["served"]
@@ -377,6 +380,30 @@ async def test_a_query_that_takes_too_long(served: Served, monkeypatch: pytest.M
     monkeypatch.setattr(http, "QUERY_SECONDS", 0.05)
     monkeypatch.setattr(schema, "execute", lambda *_, **__: asyncio.sleep(5))
     assert await refused(served, "{ me { user } }") == "timeout"
+
+
+async def test_queries_that_nobody_thought_of(
+    site: Site, postgres_server: PostgresServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Made from the schema: whatever is asked, the fault is never ours."""
+    monkeypatch.setattr("citadel_gateway.control.feedback.SETTLING", (0.0,))
+    queries: list[str] = []
+
+    @settings(max_examples=60, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(from_schema(schema.as_str()))
+    def collect(query: str) -> None:
+        queries.append(query)
+
+    collect()
+    served = await Served(site, postgres_server).start()
+    try:
+        fill(served)
+        for query in queries:
+            for by in ("ann", "root"):
+                errors = (await ask(served, query, by)).get("errors", ())
+                assert "internal_error" not in [one.get("extensions", {}).get("code") for one in errors], query
+    finally:
+        await served.stop()
 
 
 # Generation -----------------------------------------------------------------------------------------------------------
