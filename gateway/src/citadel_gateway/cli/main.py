@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from citadel_gateway import __version__
+from citadel_gateway.cli import compile as compiling
 from citadel_gateway.cli import evaluate, laptop, ledger, local, people, replay
 from citadel_gateway.cli.client import Failed
 from citadel_gateway.cli.commands import Bare, Commands, Run
@@ -24,6 +25,7 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add(commands)
     ledger.add(commands)
     replay.add(commands)
+    compiling.add(commands)
     return parser
 
 
