@@ -442,3 +442,12 @@ async def test_a_chat(generating: Served, engine: FakeEngine) -> None:
     assert await refused(generating, CHAT, i=wanted)
     generating.state.parts["client"].url = "http://127.0.0.1:9"
     assert await refused(generating, CHAT, i=wanted) == "gateway_unavailable"
+
+
+async def test_leaving_stops_the_engine(generating: Served, engine: FakeEngine) -> None:
+    engine.mode, engine.delay = "slow", 30
+    wanted = {"model": "one", "messages": [{"role": "user", "content": "?"}]}
+    asking = asyncio.create_task(data(generating, CHAT, i=wanted))
+    await until(lambda: engine.seen)
+    asking.cancel()
+    await until(lambda: engine.cancelled == 1)

@@ -95,8 +95,23 @@ async def read(request: Request) -> Posted:
 async def post(request: Request, key: Annotated[Key, Depends(Scoped(*EVERYBODY))]) -> Response:
     """One query or mutation: {"query", "variables", "operationName", "extensions"}."""
     posted = await read(request)
-    context = context_of(request)
-    return Response(encode(process_result(await execute(context, posted))), media_type="application/json")
+    answer = asyncio.create_task(execute(context_of(request), posted))
+    leaving = asyncio.create_task(gone(request))
+    try:
+        await asyncio.wait((answer, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if not answer.done():
+            return Response(status_code=499)  # nobody reads it; a model that is asked is stopped
+        return Response(encode(process_result(answer.result())), media_type="application/json")
+    finally:
+        answer.cancel()
+        leaving.cancel()
+        await asyncio.gather(answer, leaving, return_exceptions=True)
+
+
+async def gone(request: Request) -> None:
+    """Until the client leaves."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 def context_of(connection: Request | WebSocket) -> Context:
