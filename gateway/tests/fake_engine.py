@@ -68,6 +68,10 @@ class FakeEngine:
     async def stop(self) -> None:
         """Refuse from now on and drop what is open, as a killed process does."""
         if self.server is not None:
+            for listener in self.server.sockets:
+                asyncio.get_running_loop().remove_reader(listener.fileno())
+            for _ in range(3):  # what is being accepted at this moment would be left open by a server that closes
+                await asyncio.sleep(0)
             self.server.close()
             self.server = None
         for writer in tuple(self.open):

@@ -37,7 +37,8 @@ from citadel_gateway.settings import (
 )
 from citadel_gateway.settings import Admission as AdmissionSettings
 from citadel_gateway.snapshot import Snapshot
-from citadel_gateway.worker.asking import NO_HINTS, Asking, Hints
+from citadel_gateway.worker.asking import NO_HINTS, Asking
+from citadel_gateway.worker.shapes import Hints
 from citadel_gateway.worker.usage import Meter
 
 from gateway.tests.site import digest
@@ -177,9 +178,7 @@ def test_the_states_of_a_request(of: Fixture) -> None:
     assert (ticket.state, core.open, backend.inflight) == (SETTLED, 0, 0)
     (line,) = of.lines
     path, size = "/v1/chat/completions", len(BODY)
-    assert line == Line(
-        1000.0, ticket.id, "k-free", "one", path, 200, True, size, 0, 1000.0, 2000.0, "10.0.0.1", "ok"
-    )
+    assert line == Line(1000.0, ticket.id, "k-free", "one", path, 200, True, size, 0, 1000.0, 2000.0, "10.0.0.1", "ok")
 
 
 def test_a_request_is_settled_once(of: Fixture) -> None:
@@ -479,6 +478,16 @@ def test_a_probe_is_a_request_of_the_gateways_own(of: Fixture) -> None:
     (found,) = of.settled()
     assert (found.user, found.input_tokens, found.output_tokens) == ("system", 3, 1)
     assert found.cost_usd == pytest.approx(0.5)
+
+
+def test_a_clock_that_is_set_back_changes_no_duration(of: Fixture) -> None:
+    ticket = of.admitted()
+    of.core.wall = lambda: 1000.0 - 3600.0
+    of.route(ticket)
+    of.core.sent(ticket, 1.0)
+    of.core.settle(ticket, 4.0, 499, "client_closed")
+    (found,) = of.settled()
+    assert (found.at, found.total_seconds, found.engine_seconds) == (1000.0, 3.0, 3.0)
 
 
 def test_ids(of: Fixture) -> None:
