@@ -26,6 +26,7 @@ log = logging.getLogger("citadel_gateway")
 
 CONNECT_SECONDS = 3
 STATEMENT_SECONDS = 60
+BUSY_SECONDS = 15  # that SQLite waits for another writer
 REST_SECONDS = 1.0  # after a failed connection
 FILE = "gateway.sqlite"
 
@@ -53,12 +54,15 @@ class Database:
         self.away = False
 
     def _sqlite(self) -> Engine:
-        engine = create_engine(self.url, hide_parameters=True, connect_args={"timeout": 15, "check_same_thread": False})
+        engine = create_engine(
+            self.url, hide_parameters=True, connect_args={"timeout": BUSY_SECONDS, "check_same_thread": False}
+        )
 
         @event.listens_for(engine, "connect")
         def connected(connection: Any, entry: ConnectionPoolEntry) -> None:
             connection.isolation_level = None  # transactions are begun below, not by the driver's guess
-            for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
+            write_ahead(connection)
+            for pragma in ("synchronous=FULL", "foreign_keys=ON"):
                 connection.execute(f"PRAGMA {pragma}")
 
         @event.listens_for(engine, "begin")
@@ -181,6 +185,20 @@ class Database:
 
     def close(self) -> None:
         self.engine.dispose()
+
+
+def write_ahead(connection: sqlite3.Connection) -> None:
+    """Let readers and a writer of SQLite not wait for each other. The file remembers it; of several that find a new
+    file, those that come second are refused at once and must try again: the wait for locks is not for this.
+    """
+    end = time.monotonic() + BUSY_SECONDS
+    while connection.execute("PRAGMA journal_mode").fetchone()[0] != "wal":
+        try:
+            connection.execute("PRAGMA journal_mode=WAL")
+        except sqlite3.OperationalError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.02)
 
 
 def quoted(name: str) -> str:
