@@ -353,6 +353,21 @@ def test_a_full_queue(of: Fixture) -> None:
     assert found.why.retry_after >= 1
 
 
+def test_another_model_takes_what_a_full_queue_does_not(of: Fixture) -> None:
+    of.apply(1, slots=1, fallback=("other-one",))
+    of.admitted()
+    for _ in range(2):
+        ticket = of.asked()
+        of.reserve(ticket)
+        assert not of.core.enter(ticket, Waits(), 1.0)
+    late = of.admitted()
+    assert of.route(late) == 9
+    of.core.settle(late, 2.0, 200, "ok")
+    (found,) = of.settled()
+    assert (found.model, found.why.fallback_from) == ("other-one", "one")
+    assert found.why.limit.startswith("queue_")
+
+
 def test_limits_of_requests(of: Fixture) -> None:
     tickets = [of.admitted(tier="small") for _ in range(2)]
     assert b"x-ratelimit-remaining-requests: 0\r\n" in tickets[1].lines

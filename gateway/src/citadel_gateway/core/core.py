@@ -236,6 +236,8 @@ class Core:
             return False
         assert isinstance(found, Refusal)
         self.shed(ticket, found)
+        if self.fall_back(ticket, now):  # another model may have room
+            return self.enter(ticket, waiter, now)
         raise found
 
     def admitted(self, ticket: Ticket, now: float) -> None:
