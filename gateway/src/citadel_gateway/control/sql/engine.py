@@ -192,13 +192,15 @@ def write_ahead(connection: sqlite3.Connection) -> None:
     file, those that come second are refused at once and must try again: the wait for locks is not for this.
     """
     end = time.monotonic() + BUSY_SECONDS
-    while connection.execute("PRAGMA journal_mode").fetchone()[0] != "wal":
+    while True:
         try:
-            connection.execute("PRAGMA journal_mode=WAL")
+            connection.execute("PRAGMA journal_mode=WAL")  # nothing to do when it is on already
         except sqlite3.OperationalError:
             if time.monotonic() > end:
                 raise
             time.sleep(0.02)
+        else:
+            return
 
 
 def quoted(name: str) -> str:
