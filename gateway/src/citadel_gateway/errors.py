@@ -1,11 +1,13 @@
 """Errors as OpenAI's clients expect them."""
 
+from typing import Final
+
 import msgspec
 
 encode = msgspec.json.Encoder().encode
 
 # the `type` that goes with a status; everything else of the 4xx is an invalid request
-KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+KINDS: Final = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 
 def error_body(status: int, code: str, message: str, param: str | None = None) -> bytes:

@@ -140,9 +140,9 @@ class Account:
         requests, tokens, slots = self.spare()
         tokens_left = min((one for one in (left[1], left[3], left[4]) if one >= 0), default=NEVER)
         return (
-            (left[0] < 0 or left[0] >= share * requests)
-            and (tokens_left >= share * tokens)
-            and (left[2] < 0 or left[2] >= share * slots)
+            (left[0] < 0 or left[0] + requests >= share * requests)
+            and tokens_left + tokens >= share * tokens
+            and (left[2] < 0 or left[2] + slots >= share * slots)
         )
 
     def at_ease(self) -> bool:

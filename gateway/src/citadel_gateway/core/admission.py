@@ -17,7 +17,7 @@ everyone would just wait as long as is allowed: it is then kept shorter than a t
 from bisect import bisect_left, insort
 from collections import Counter
 from math import ceil, exp
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from citadel_gateway.core.board import (
     ARRIVED,
@@ -33,21 +33,23 @@ from citadel_gateway.core.routing import RETRY_DRAINING, unavailable
 from citadel_gateway.errors import Refusal
 from citadel_gateway.settings import Admission
 
-HIGHEST = 9
-STEPS = 20  # priorities in a `max_wait`: so much earlier a request counts for each
+HIGHEST: Final = 9
+STEPS: Final = 20  # priorities in a `max_wait`: so much earlier a request counts for each
 OWN, OWN_MOST = 0.002, 0.04  # of the patience: so much later it counts for each waiter that its user has already
-OTHERS = 8  # every so many-th slot goes to a lower priority than the first waiter's, if such a one waits
-NEWER = 0.05  # weight of the newest measurement of how long a slot is held
-UNFAIR = 0.1  # seconds that another worker's waiter may be ahead of ours before we leave a slot to it
-HORIZON = 10.0  # seconds over which arrivals are compared with what can be done
+OTHERS: Final = 8  # every so many-th slot goes to a lower priority than the first waiter's, if such a one waits
+NEWER: Final = 0.05  # weight of the newest measurement of how long a slot is held
+UNFAIR: Final = 0.1  # seconds that another worker's waiter may be ahead of ours before we leave a slot to it
+HORIZON: Final = 10.0  # seconds over which arrivals are compared with what can be done
 OVERLOAD, RELIEF, MOST = 2.0, 1.2, 3.0  # times of what can be done: overload begins, ends, and is never called worse
-TURN = 0.6  # of the time for which a slot is held: the longest wait then, so that nobody takes twice as long as usual
-FEWEST = 2  # waiters that are let wait nevertheless, so that no slot is ever free
-LENIENCE = 1.5  # times of that wait before a waiter is sent away again: the estimate moves a little all the time
-SHORTEST = 0.05  # seconds: no queue is kept shorter than this
-LAST = 1 << 62  # comes after all serial numbers
-LATEST = 600  # seconds: nobody is told to come back later than this
-SPREAD = 0.25  # of a Retry-After, so that those who were refused together do not come back together
+TURN: Final = (
+    0.6  # of the time for which a slot is held: the longest wait then, so that nobody takes twice as long as usual
+)
+FEWEST: Final = 2  # waiters that are let wait nevertheless, so that no slot is ever free
+LENIENCE: Final = 1.5  # times of that wait before a waiter is sent away again: the estimate moves a little all the time
+SHORTEST: Final = 0.05  # seconds: no queue is kept shorter than this
+LAST: Final = 1 << 62  # comes after all serial numbers
+LATEST: Final = 600  # seconds: nobody is told to come back later than this
+SPREAD: Final = 0.25  # of a Retry-After, so that those who were refused together do not come back together
 
 
 class Waiter(Protocol):
@@ -61,7 +63,7 @@ class Admitted:
     """The slot is yours; give it back with `leave`."""
 
 
-ADMITTED = Admitted()
+ADMITTED: Final = Admitted()
 
 
 class Shed(Refusal):

@@ -14,19 +14,28 @@ import mmap
 import os
 from hashlib import blake2b
 from pathlib import Path
+from typing import Final
 
-ROWS = 1024  # more names than a host has backends and models; the names after that are not shared
-WORDS = 8  # a row is one line of the processor's cache
-SIZE = (ROWS + 1) * WORDS * 8
-MAGIC = int.from_bytes(b"citadel1", "little")  # another layout gets another number, and is not read
+ROWS: Final = 1024  # more names than a host has backends and models; the names after that are not shared
+WORDS: Final = 8  # a row is one line of the processor's cache
+SIZE: Final = (ROWS + 1) * WORDS * 8
+MAGIC: Final = int.from_bytes(b"citadel1", "little")  # another layout gets another number, and is not read
 
-STALE = 1.0  # a worker that has not said a word for this long does not count
-LOOK_AGAIN = 1.0  # seconds between looks for workers that have come or were replaced
+STALE: Final = 1.0  # a worker that has not said a word for this long does not count
+LOOK_AGAIN: Final = 1.0  # seconds between looks for workers that have come or were replaced
 
 # words of a row
-KEY, INFLIGHT, TOKENS, QUEUED, QUEUED_TOKENS, HEAD, ARRIVED = range(7)
-NOTHING_WAITS = 2**62  # HEAD of a worker whose queue is empty
-HEARTBEAT = 1  # word of the first row, in microseconds of the monotonic clock, which all processes of a host share
+KEY: Final = 0
+INFLIGHT: Final = 1
+TOKENS: Final = 2
+QUEUED: Final = 3
+QUEUED_TOKENS: Final = 4
+HEAD: Final = 5
+ARRIVED: Final = 6
+NOTHING_WAITS: Final = 2**62  # HEAD of a worker whose queue is empty
+HEARTBEAT: Final = (
+    1  # word of the first row, in microseconds of the monotonic clock, which all processes of a host share
+)
 
 Words = memoryview  # of 64-bit integers
 

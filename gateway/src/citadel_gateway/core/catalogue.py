@@ -3,7 +3,7 @@ new one.
 """
 
 from math import exp
-from typing import Any
+from typing import Any, Final
 
 from citadel_gateway.core.board import INFLIGHT, TOKENS, Board
 from citadel_gateway.core.health import Health
@@ -13,11 +13,11 @@ from citadel_gateway.settings import Key as KeyEntry
 from citadel_gateway.settings import Model as ModelEntry
 from citadel_gateway.snapshot import Snapshot
 
-BLEND = 10.0  # seconds in which a measurement loses two thirds of its weight against newer ones
-FORGET = 60.0  # and in which it is forgotten when there are none, so that a slow backend is tried again
-SILENCE = 5.0  # seconds without a byte that are never suspicious
-UNUSUAL = 10.0  # times what it usually takes to the first byte is
-REMEMBERED = 100_000  # generated tokens after which older ones count half in an engine's speed
+BLEND: Final = 10.0  # seconds in which a measurement loses two thirds of its weight against newer ones
+FORGET: Final = 60.0  # and in which it is forgotten when there are none, so that a slow backend is tried again
+SILENCE: Final = 5.0  # seconds without a byte that are never suspicious
+UNUSUAL: Final = 10.0  # times what it usually takes to the first byte is
+REMEMBERED: Final = 100_000  # generated tokens after which older ones count half in an engine's speed
 
 
 class PeakEwma:

@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Callable
 from http import HTTPStatus
+from typing import Final
 
 from msgspec.structs import replace
 
@@ -42,12 +43,12 @@ from citadel_gateway.records import SYSTEM_USER, Opened, Progress, Record, Runni
 from citadel_gateway.settings import Gateway
 from citadel_gateway.snapshot import Snapshot
 
-CODES = {status.value: str(status.value) for status in HTTPStatus}
-REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
-LONG = 1.0  # seconds after which an open request is worth a note in the journal
-NOTHING = Used()
-CIRCUITS = {CLOSED: 0.0, HALF_OPEN: 1.0}  # an open one is 2
-QUOTAS = frozenset(("tokens_per_day", "tokens_per_month"))
+CODES: Final = {status.value: str(status.value) for status in HTTPStatus}
+REQUEST_ID: Final = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
+LONG: Final = 1.0  # seconds after which an open request is worth a note in the journal
+NOTHING: Final = Used()
+CIRCUITS: Final = {CLOSED: 0.0, HALF_OPEN: 1.0}  # an open one is 2
+QUOTAS: Final = frozenset(("tokens_per_day", "tokens_per_month"))
 
 
 class Core:
@@ -628,7 +629,7 @@ class Core:
         }
 
 
-UNLIMITED = Reservation("", 0, None, 0.0)
+UNLIMITED: Final = Reservation("", 0, None, 0.0)
 
 
 def digest_of(authorization: bytes) -> bytes:

@@ -6,25 +6,25 @@ It is *suspect* when it has requests and has not sent a byte for much longer tha
 says 200 while its worker hangs, so a suspect is asked to generate a token, and is *ejected* when it does not.
 """
 
-from typing import Literal
+from typing import Final, Literal
 
 from citadel_gateway.settings import Routing
 
-FIRST_RETRY = 0.2  # seconds until a backend that went down is asked again; doubles up to the probe interval
-PATIENCE = 3  # unanswered probes in a row: one may be a busy engine, three are a hanging one
-SUSPECT_PATIENCE = 2  # a suspect has been silent before
-PAUSE = 1.0  # seconds between the probes of one that does not answer: each may leave work in a hanging engine
-LONGEST = 60.0  # seconds: no circuit is open longer, however often it was opened before
-FLAPPING = 60.0  # seconds within which a backend that goes down again counts as flapping
-WINDOW = 15.0  # two of these are looked at for the error rate
-FEWEST = 20  # requests in both together, below which a rate says nothing
-LEAST_WEIGHT = 0.1  # of its weight at the beginning of a slow start
+FIRST_RETRY: Final = 0.2  # seconds until a backend that went down is asked again; doubles up to the probe interval
+PATIENCE: Final = 3  # unanswered probes in a row: one may be a busy engine, three are a hanging one
+SUSPECT_PATIENCE: Final = 2  # a suspect has been silent before
+PAUSE: Final = 1.0  # seconds between the probes of one that does not answer: each may leave work in a hanging engine
+LONGEST: Final = 60.0  # seconds: no circuit is open longer, however often it was opened before
+FLAPPING: Final = 60.0  # seconds within which a backend that goes down again counts as flapping
+WINDOW: Final = 15.0  # two of these are looked at for the error rate
+FEWEST: Final = 20  # requests in both together, below which a rate says nothing
+LEAST_WEIGHT: Final = 0.1  # of its weight at the beginning of a slow start
 
 # how a request ended, as far as the backend is concerned
-SERVED = 1
-NEUTRAL = 0  # the client went away, the request was wrong, or the engine was busy: says nothing
-BROKEN = -1  # no answer in time, a broken connection, garbage, a status that says that it is not well
-UNREACHABLE = -2  # no connection
+SERVED: Final = 1
+NEUTRAL: Final = 0  # the client went away, the request was wrong, or the engine was busy: says nothing
+BROKEN: Final = -1  # no answer in time, a broken connection, garbage, a status that says that it is not well
+UNREACHABLE: Final = -2  # no connection
 
 Circuit = Literal["closed", "open", "half_open"]
 CLOSED: Circuit = "closed"

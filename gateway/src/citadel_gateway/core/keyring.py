@@ -1,15 +1,15 @@
 """Who asks: keys as the workers know them, and the people whom limits belong to."""
 
-from typing import Any
+from typing import Any, Final
 
 from citadel_gateway.core.catalogue import Key
 from citadel_gateway.settings import Key as KeyEntry
 from citadel_gateway.settings import Tier, User
 from citadel_gateway.snapshot import Snapshot
 
-FOREVER = float("inf")
-GREAT = 6000  # requests, or thousands of tokens, in a minute
-DEFAULT_OUTPUT = 1024  # tokens, for a request that names no number where tokens are limited
+FOREVER: Final = float("inf")
+GREAT: Final = 6000  # requests, or thousands of tokens, in a minute
+DEFAULT_OUTPUT: Final = 1024  # tokens, for a request that names no number where tokens are limited
 
 
 class Person:

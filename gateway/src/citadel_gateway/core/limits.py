@@ -9,7 +9,7 @@ Everything is called back, nothing waits. A user without any limit costs nothing
 """
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from citadel_gateway.core.accounts import (
     NAMES,
@@ -28,13 +28,13 @@ from citadel_gateway.core.limitstore import ADMITTED, DEAD, OVERAGE, SPARED, Ans
 
 __all__ = ["Denied", "Limiter", "Person", "Reservation"]
 
-LEASE = DEAD - 0.5  # seconds after which we must assume that the store has given our holds to others
-BEAT = 1.0
-PATIENCE = 0.15  # for other workers to give back what they have to spare; with the tick after it at most 0.25 s
-LATE = 1.0  # a request alone is told to the store within this; tokens and what is to spare at the next tick
-FORGET = 10.0  # an account without anything is kept this long for the figures in it
-BATCH = 128  # requests of one user that ask together
-CLOSED = 2.0  # Retry-After when the store is away and requests are refused
+LEASE: Final = DEAD - 0.5  # seconds after which we must assume that the store has given our holds to others
+BEAT: Final = 1.0
+PATIENCE: Final = 0.15  # for other workers to give back what they have to spare; with the tick after it at most 0.25 s
+LATE: Final = 1.0  # a request alone is told to the store within this; tokens and what is to spare at the next tick
+FORGET: Final = 10.0  # an account without anything is kept this long for the figures in it
+BATCH: Final = 128  # requests of one user that ask together
+CLOSED: Final = 2.0  # Retry-After when the store is away and requests are refused
 
 
 class Limiter:
@@ -238,7 +238,9 @@ class Limiter:
             account.spare_requests += answer.extra[0]
             account.spare_tokens += answer.extra[1]
             account.spare_slots += answer.extra[2]
-            account.told = account.at_ease()
+            if not account.plenty():  # somebody else may be refused because of us
+                account.unsaid = True
+            account.told = account.plenty() and account.at_ease()
         kept = [
             waiter
             for waiter, (code, wait) in zip(call.waiters, answer.verdicts, strict=True)

@@ -15,17 +15,23 @@ import math
 import time
 from calendar import timegm
 from collections.abc import Callable, Iterable
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from citadel_gateway.settings import Tier
 
-WINDOW = 601  # slots that count; the one that has just begun and 60 s of others
-DEAD = 5.0
-CAUTION = 8  # to spare is at most what is left / (CAUTION x workers)
-NEVER = 10**12  # a limit that is none
-ADMITTED, OVERAGE, CONCURRENCY, REQUESTS, TOKENS, DAY, MONTH = range(7)
-SPARED = 10  # added to a refusal that others, who have something to spare, may undo within a tick
-KINDS = ("", "", "concurrency", "requests_per_minute", "tokens_per_minute", "tokens_per_day", "tokens_per_month")
+WINDOW: Final = 601  # slots that count; the one that has just begun and 60 s of others
+DEAD: Final = 5.0
+CAUTION: Final = 8  # to spare is at most what is left / (CAUTION x workers)
+NEVER: Final = 10**12  # a limit that is none
+ADMITTED: Final = 0
+OVERAGE: Final = 1
+CONCURRENCY: Final = 2
+REQUESTS: Final = 3
+TOKENS: Final = 4
+DAY: Final = 5
+MONTH: Final = 6
+SPARED: Final = 10  # added to a refusal that others, who have something to spare, may undo within a tick
+KINDS: Final = ("", "", "concurrency", "requests_per_minute", "tokens_per_minute", "tokens_per_day", "tokens_per_month")
 
 Three = tuple[int, int, int]  # requests, tokens, slots of concurrency
 

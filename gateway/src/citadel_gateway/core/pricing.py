@@ -6,15 +6,16 @@ requests ran is a quarter for each, so that the sum over requests is the time in
 """
 
 from collections.abc import Iterable, Mapping
+from typing import Final
 
 from msgspec import Struct
 
 from citadel_gateway.settings import Hardware, Model, Price
 
-YEAR_SECONDS = 365.25 * 86_400
-HOUR_SECONDS = 3600.0
-MILLION = 1e6
-FREE = Price()
+YEAR_SECONDS: Final = 365.25 * 86_400
+HOUR_SECONDS: Final = 3600.0
+MILLION: Final = 1e6
+FREE: Final = Price()
 
 Components = dict[str, float]  # "hardware", "energy", "tokens": USD
 

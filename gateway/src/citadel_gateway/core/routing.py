@@ -8,6 +8,7 @@ settled request pays for the record of it (`why`).
 
 import zlib
 from math import exp, log
+from typing import Final
 
 from citadel_gateway.core.catalogue import Backend, Catalogue, Key, Model
 from citadel_gateway.core.pricing import Prices
@@ -16,11 +17,11 @@ from citadel_gateway.records import Candidate, Why
 from citadel_gateway.settings import Policy, Rule, Tier, When
 from citadel_gateway.snapshot import Snapshot
 
-RETRY_DRAINING = 5
-RETRY_DOWN = 2
-FEW = 2  # requests in flight that are never too many for a replica that has the prompt in its cache
-UNMEASURED = 1.0  # seconds that are believed of a replica that has work and has not answered yet
-MASK = 0xFFFFFFFFFFFFFFFF
+RETRY_DRAINING: Final = 5
+RETRY_DOWN: Final = 2
+FEW: Final = 2  # requests in flight that are never too many for a replica that has the prompt in its cache
+UNMEASURED: Final = 1.0  # seconds that are believed of a replica that has work and has not answered yet
+MASK: Final = 0xFFFFFFFFFFFFFFFF
 
 Trail = list[tuple[str, str, float, str]]  # model, backend, score, note
 

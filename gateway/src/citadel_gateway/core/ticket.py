@@ -1,6 +1,6 @@
 """One request, from its complete arrival to its one settlement."""
 
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from msgspec import Struct
 
@@ -10,7 +10,14 @@ from citadel_gateway.core.routing import Query
 
 # received → (authenticated, read) → reserving → queued → routed → sent → first byte → settled; the waits are skipped
 # where nothing has to wait
-RECEIVED, RESERVING, QUEUED, ADMITTED, ROUTED, SENT, FIRST_BYTE, SETTLED = range(8)
+RECEIVED: Final = 0
+RESERVING: Final = 1
+QUEUED: Final = 2
+ADMITTED: Final = 3
+ROUTED: Final = 4
+SENT: Final = 5
+FIRST_BYTE: Final = 6
+SETTLED: Final = 7
 
 
 class Line(Struct, gc=False):

@@ -7,13 +7,16 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Final
 
 import msgspec
 
 from citadel_gateway.core.ticket import Line
 
-BATCH = 256  # lines that are encoded at once; more would be felt as a pause by the streams
-BACKLOG = 64 * 1024 * 1024  # bytes that may wait for a disk that does not take them; what is above is counted as lost
+BATCH: Final = 256  # lines that are encoded at once; more would be felt as a pause by the streams
+BACKLOG: Final = (
+    64 * 1024 * 1024
+)  # bytes that may wait for a disk that does not take them; what is above is counted as lost
 
 
 class AccessLog:

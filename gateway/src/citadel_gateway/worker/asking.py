@@ -6,6 +6,7 @@ the last one counts, for us as for the engines.
 
 import re
 from math import ceil
+from typing import Final
 
 import msgspec
 from msgspec import Raw
@@ -19,29 +20,29 @@ from citadel_gateway.worker.request import Request
 from citadel_gateway.worker.shapes import Hints, Wanted
 from citadel_gateway.worker.usage import BYTES_PER_TOKEN, Ask, Meter, asked, replaced, with_member, with_options
 
-MOST_TEXT = 128  # characters of a header that is kept (session, tag, use case, language)
-USUAL_OUTPUT = 256  # tokens that are expected of a request that names no number
-SECONDS = re.compile(rb"\d{1,6}(\.\d{1,6})?")
-AMOUNT = re.compile(rb"\d{1,9}(\.\d{1,12})?")
-TRACE = re.compile(rb"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
-BLANK = b" \t\r\n"
-NO_TOOLS = frozenset((b"", b"[]", b"null"))
+MOST_TEXT: Final = 128  # characters of a header that is kept (session, tag, use case, language)
+USUAL_OUTPUT: Final = 256  # tokens that are expected of a request that names no number
+SECONDS: Final = re.compile(rb"\d{1,6}(\.\d{1,6})?")
+AMOUNT: Final = re.compile(rb"\d{1,9}(\.\d{1,12})?")
+TRACE: Final = re.compile(rb"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
+BLANK: Final = b" \t\r\n"
+NO_TOOLS: Final = frozenset((b"", b"[]", b"null"))
 
-HINTS = frozenset(
+HINTS: Final = frozenset(
     b"x-session-id x-use-case x-tag x-language accept-language traceparent x-budget-usd x-request-timeout"
     b" x-citadel-resumable".split()
 )
 
 # path -> the capability it needs, which is also its name in metrics
-CAPABILITIES = {
+CAPABILITIES: Final = {
     b"/v1/chat/completions": "chat",
     b"/v1/completions": "completions",
     b"/v1/embeddings": "embeddings",
     b"/v1/responses": "responses",
     b"/v1/messages": "messages",
 }
-WITH_OPTIONS = frozenset(("chat", "completions"))  # whose streams can be asked for usage
-OUTPUT_NAME = {"responses": "max_output_tokens", "messages": "max_tokens", "chat": "max_tokens"}
+WITH_OPTIONS: Final = frozenset(("chat", "completions"))  # whose streams can be asked for usage
+OUTPUT_NAME: Final = {"responses": "max_output_tokens", "messages": "max_tokens", "chat": "max_tokens"}
 
 
 decode = msgspec.json.Decoder(Wanted).decode
@@ -83,7 +84,7 @@ def number(value: bytes, form: re.Pattern[bytes], name: str) -> float:
     return float(value)
 
 
-NO_HINTS = Hints()
+NO_HINTS: Final = Hints()
 
 
 def hints_of(request: Request) -> Hints:

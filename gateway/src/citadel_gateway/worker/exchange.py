@@ -7,7 +7,7 @@ stream ends with an error event, and nothing ever ends silently.
 
 import asyncio
 from collections.abc import Callable
-from typing import Protocol
+from typing import Final, Protocol
 
 from citadel_gateway.core.core import Core
 from citadel_gateway.core.health import BROKEN, NEUTRAL, SERVED, UNREACHABLE
@@ -21,11 +21,13 @@ from citadel_gateway.worker.outbox import Outbox
 from citadel_gateway.worker.sse import end_of_events
 from citadel_gateway.worker.upstream import Connection, Pool
 
-STALE = 1.0  # a kept-alive connection that dies sooner than this after the request cannot have executed it
-WHOLE = 1024 * 1024  # replies up to this size are sent when they are complete, so that a broken one is an honest 502
-END = b"0\r\n\r\n"
-MOST_TRIES = 3  # of requests that a backend took and did not answer: one of them may be what kills it
-BUSY = frozenset((429, 503))
+STALE: Final = 1.0  # a kept-alive connection that dies sooner than this after the request cannot have executed it
+WHOLE: Final = (
+    1024 * 1024
+)  # replies up to this size are sent when they are complete, so that a broken one is an honest 502
+END: Final = b"0\r\n\r\n"
+MOST_TRIES: Final = 3  # of requests that a backend took and did not answer: one of them may be what kills it
+BUSY: Final = frozenset((429, 503))
 
 
 class Client(Protocol):

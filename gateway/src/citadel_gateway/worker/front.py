@@ -7,7 +7,7 @@ requests, the gate decides, and an exchange writes the reply. Requests that a cl
 
 import asyncio
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 
 import httptools
 from uvicorn.config import Config
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from citadel_gateway.worker.exchange import Exchange
     from citadel_gateway.worker.gate import Gate
 
-SLOWEST = 16 * 1024  # bytes a second that a body must come with, beyond the time that headers have
-POLITE = 256 * 1024  # a refused body up to this size is read to its end, and the connection kept
-CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+SLOWEST: Final = 16 * 1024  # bytes a second that a body must come with, beyond the time that headers have
+POLITE: Final = 256 * 1024  # a refused body up to this size is read to its end, and the connection kept
+CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
 class Front(Replying):

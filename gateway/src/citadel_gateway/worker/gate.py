@@ -7,7 +7,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 from email.utils import formatdate
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 
@@ -38,18 +38,20 @@ if TYPE_CHECKING:
 log = logging.getLogger("citadel_gateway")
 encode = msgspec.json.Encoder().encode
 
-MODEL_PATHS = CAPABILITIES
-RESUMABLE = frozenset((b"/v1/chat/completions", b"/v1/completions"))
+MODEL_PATHS: Final = CAPABILITIES
+RESUMABLE: Final = frozenset((b"/v1/chat/completions", b"/v1/completions"))
 LISTING, ONE_MODEL = b"/v1/models", b"/v1/models/"
 HEALTHZ, READYZ = b"/healthz", b"/readyz"
-HEALTH_PATHS = frozenset((HEALTHZ, READYZ))
-METHODS = frozenset((b"GET", b"POST", b"PUT", b"PATCH", b"DELETE", b"OPTIONS"))
-PUMP = 0.02
-RELAY_BODY = 1024 * 1024  # the control process asks for a key itself, so that little is held for it before it has
-JSON = b"content-type: application/json\r\n"
-START_LINES = {path: b"POST %b HTTP/1.1\r\n" % path for path in MODEL_PATHS}
-ALLOW_HEADERS = b"authorization, content-type, x-request-id, x-session-id, x-citadel-resumable, last-event-id"
-EXPOSE_HEADERS = (
+HEALTH_PATHS: Final = frozenset((HEALTHZ, READYZ))
+METHODS: Final = frozenset((b"GET", b"POST", b"PUT", b"PATCH", b"DELETE", b"OPTIONS"))
+PUMP: Final = 0.02
+RELAY_BODY: Final = (
+    1024 * 1024
+)  # the control process asks for a key itself, so that little is held for it before it has
+JSON: Final = b"content-type: application/json\r\n"
+START_LINES: Final = {path: b"POST %b HTTP/1.1\r\n" % path for path in MODEL_PATHS}
+ALLOW_HEADERS: Final = b"authorization, content-type, x-request-id, x-session-id, x-citadel-resumable, last-event-id"
+EXPOSE_HEADERS: Final = (
     b"x-request-id, retry-after, x-citadel-model, x-citadel-policy, x-citadel-resumable, last-event-id,"
     b" x-ratelimit-limit-requests, x-ratelimit-remaining-requests, x-ratelimit-reset-requests,"
     b" x-ratelimit-limit-tokens, x-ratelimit-remaining-tokens, x-ratelimit-reset-tokens"

@@ -5,8 +5,10 @@ parser has accepted a moment ago, and the whole message is there, nothing is tak
 through the parser: another head, a body in pieces, requests sent ahead.
 """
 
-LENGTH = b"\r\ncontent-length:"
-LONGEST = 9  # digits
+from typing import Final
+
+LENGTH: Final = b"\r\ncontent-length:"
+LONGEST: Final = 9  # digits
 
 
 class KnownHead:

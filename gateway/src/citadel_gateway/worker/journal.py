@@ -18,13 +18,14 @@ import time
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
+from typing import Final
 
 from citadel_gateway.records import Record, encode
 
 log = logging.getLogger("citadel_gateway")
 
-WAITING = 8 * 1024 * 1024  # bytes of records that may wait for space
-PAGE = mmap.PAGESIZE
+WAITING: Final = 8 * 1024 * 1024  # bytes of records that may wait for space
+PAGE: Final = mmap.PAGESIZE
 
 
 class Segment:

@@ -1,8 +1,9 @@
 """Writes that leave together."""
 
 import asyncio
+from typing import Final
 
-FEW = 4  # with fewer requests under way than this, every write goes out at once
+FEW: Final = 4  # with fewer requests under way than this, every write goes out at once
 
 
 class Outbox:

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import deque
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -16,8 +16,8 @@ from citadel_gateway.worker.request import Request
 if TYPE_CHECKING:
     from citadel_gateway.worker.gate import Gate
 
-FOREVER = float("inf")
-LINGER = 2.0  # seconds that a connection stays half open after an early answer, so that the client can read it
+FOREVER: Final = float("inf")
+LINGER: Final = 2.0  # seconds that a connection stays half open after an early answer, so that the client can read it
 
 
 class Replying(HttpToolsProtocol):

@@ -1,11 +1,11 @@
 """A client's request as it comes in: what the parser found, and what is read from its headers."""
 
-from typing import Any
+from typing import Any, Final
 
 from citadel_gateway.errors import Refusal
 from citadel_gateway.worker.headers import Headers
 
-FIELDS = {
+FIELDS: Final = {
     b"authorization": "authorization",
     b"content-length": "length",
     b"content-type": "content_type",

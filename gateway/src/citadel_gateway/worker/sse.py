@@ -1,6 +1,8 @@
 """Where an event of a stream ends."""
 
-LONGEST = 256 * 1024  # an event that has not ended after so many bytes is passed on in pieces
+from typing import Final
+
+LONGEST: Final = 256 * 1024  # an event that has not ended after so many bytes is passed on in pieces
 
 
 def end_of_events(data: bytes) -> int:

@@ -7,18 +7,18 @@ strictly.
 
 import asyncio
 from collections.abc import Callable
-from typing import Protocol, cast
+from typing import Final, Protocol, cast
 
 import httptools
 
 from citadel_gateway.worker.heads import KnownHead, known_head
 
-IDLE_SECONDS = (
+IDLE_SECONDS: Final = (
     4.0  # vLLM's server closes an idle connection after 5 s: be earlier, so that few requests meet a dying one
 )
-MAX_IDLE = 512
-MAX_HEAD = 64 * 1024
-FRAMING = (b"content-length", b"transfer-encoding")
+MAX_IDLE: Final = 512
+MAX_HEAD: Final = 64 * 1024
+FRAMING: Final = (b"content-length", b"transfer-encoding")
 
 
 class Owner(Protocol):

@@ -7,7 +7,7 @@ is decoded.
 """
 
 import re
-from typing import Literal
+from typing import Final, Literal
 
 import msgspec
 from msgspec import Raw
@@ -17,17 +17,17 @@ from citadel_gateway.worker.shapes import Figures, Options
 
 Ask = Literal["nothing", "total", "all"]  # what the client itself wants to see: nothing, the last event, every event
 
-NAME = b'"usage"'
-DONE = b"data: [DONE]\n\n"
+NAME: Final = b'"usage"'
+DONE: Final = b"data: [DONE]\n\n"
 # one level of details inside; engines put only numbers into both
-VALUE = re.compile(rb'"usage"\s*:\s*(null|\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\})')
-INDEX = re.compile(rb'"index"\s*:\s*(\d{1,6})')
-FINGERPRINT = re.compile(rb'"system_fingerprint"\s*:\s*"[^"\\]*"')
-NO_CHOICES = re.compile(rb'"choices"\s*:\s*\[\s*\]')
-FINISHED = re.compile(rb'"finish_reason"\s*:\s*"')
-BLANK = b" \t\r\n"
-OPTIONS = b'{"include_usage":true,"continuous_usage_stats":true}'
-BYTES_PER_TOKEN = 4  # of a text whose engine does not say how many tokens it is
+VALUE: Final = re.compile(rb'"usage"\s*:\s*(null|\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\})')
+INDEX: Final = re.compile(rb'"index"\s*:\s*(\d{1,6})')
+FINGERPRINT: Final = re.compile(rb'"system_fingerprint"\s*:\s*"[^"\\]*"')
+NO_CHOICES: Final = re.compile(rb'"choices"\s*:\s*\[\s*\]')
+FINISHED: Final = re.compile(rb'"finish_reason"\s*:\s*"')
+BLANK: Final = b" \t\r\n"
+OPTIONS: Final = b'{"include_usage":true,"continuous_usage_stats":true}'
+BYTES_PER_TOKEN: Final = 4  # of a text whose engine does not say how many tokens it is
 
 
 decode = msgspec.json.Decoder(Figures).decode
