@@ -187,3 +187,11 @@ async def test_figures_over_http(served: Served) -> None:
     assert (await served.ask("GET", "/v1/analytics/adoption", "ann"))[0] == 403
     assert (await served.ask("GET", "/v1/analytics/adoption", "page"))[1][-1]["users"] == 2
     assert (await served.ask("GET", "/v1/conversations", "ann"))[1] == []
+
+
+async def test_the_page_of_metrics(served: Served) -> None:
+    assert served.session is not None
+    async with served.session.get("/metrics", headers={"Authorization": "Bearer sk-scrape"}) as reply:
+        page = await reply.text()
+    assert 'llm_budget_usd{period="month"} 500' in page
+    assert "# TYPE llm_feedback_total counter" in page
