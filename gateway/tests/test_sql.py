@@ -136,6 +136,18 @@ def test_reading_waits_for_nobody(make: Make) -> None:
             assert reading.execute(select(users)).all() == []
 
 
+def test_what_is_read_is_of_one_moment(make: Make) -> None:
+    database = make()
+    count = select(func.count()).select_from(users)
+    with database.read() as reading:
+        assert reading.execute(count).scalar() == 0
+        with database.begin() as writing:
+            writing.execute(insert(users).values(id="ann"))
+        assert reading.execute(count).scalar() == 0
+    with database.begin() as again:  # the same connection may come back: it sees what others have done
+        assert again.execute(count).scalar() == 1
+
+
 def test_the_file_is_nobody_elses(site: Site) -> None:
     database = Database(site.settings)
     database.migrate()

@@ -114,8 +114,9 @@ class Database:
 
     @contextmanager
     def read(self) -> Iterator[Connection]:
-        """A transaction that only reads: it waits for nobody."""
-        with self._transaction({"reading": True}) as connection:
+        """A transaction that only reads: it waits for nobody, and all that it sees is of one moment."""
+        moment = {} if self.sqlite else {"isolation_level": "REPEATABLE READ"}  # SQLite has nothing else
+        with self._transaction({"reading": True, **moment}) as connection:
             yield connection
 
     @contextmanager
