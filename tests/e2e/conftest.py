@@ -3,10 +3,13 @@
 import json
 import subprocess
 import time
+import uuid
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import httpx2
 import pytest
 from openai import OpenAI
 
@@ -15,6 +18,12 @@ HOST = "hx-llm-server-01"
 URL = "http://10.77.0.29:8000"
 MODELS = ["mixtral-8x7b", "hermes-2", "openchat-3.5", "phi-3-mini"]
 PLAY_SECONDS = 1500
+
+
+def models_status(key: str, url: str = URL) -> int:
+    """What the gateway says to a key that asks for its models."""
+    headers = {"Authorization": f"Bearer {key}"}
+    return httpx2.get(f"{url}/v1/models", headers=headers, trust_env=False, timeout=10).status_code
 
 
 @dataclass(frozen=True)
@@ -40,6 +49,25 @@ class Lab:
     def ssh(self, command: str, *, host: str = HOST, check: bool = True, timeout: float = 120) -> str:
         """A command on a host of the lab, as root; its output without the last line break."""
         return self.run("lab/lab", "ssh", host, command, check=check, timeout=timeout).rstrip("\n")
+
+    def gateway(self, command: str, *, host: str = HOST, check: bool = True, timeout: float = 120) -> str:
+        """A command of `citadel-gateway` on a host."""
+        return self.ssh(
+            f"/opt/citadel/gateway-env/bin/citadel-gateway {command}", host=host, check=check, timeout=timeout
+        )
+
+    @contextmanager
+    def user(self, name: str, tier: str) -> Iterator[str]:
+        """The key of a new user of this tier, for as long as it is needed."""
+        self.gateway(f"users create {name} --tier {tier}", check=False)  # there already after a run that was killed
+        self.gateway(f"users change {name} --tier {tier}")
+        key_id = f"{name}-{uuid.uuid4().hex[:8]}"
+        key = self.gateway(f"keys create --user {name} --id {key_id}")
+        try:
+            self.wait_until(f"{name}'s key opens", lambda: models_status(key) == 200, 2, pause=0.1)
+            yield key
+        finally:
+            self.gateway(f"keys revoke {key_id}")
 
     def show(self, unit: str, name: str) -> str:
         """One property of a unit as systemd has it in effect."""
