@@ -42,7 +42,6 @@ CAPABILITIES: Final = {
     b"/v1/messages": "messages",
 }
 WITH_OPTIONS: Final = frozenset(("chat", "completions"))  # whose streams can be asked for usage
-OUTPUT_NAME: Final = {"responses": "max_output_tokens", "messages": "max_tokens", "chat": "max_tokens"}
 
 
 decode = msgspec.json.Decoder(Wanted).decode
@@ -213,11 +212,8 @@ class Asking:
             body = with_options(body, bytes(wanted.stream_options))
         if self.limit_output:
             most = min(self.limit_output, model.context)
-            name = OUTPUT_NAME.get(self.capability, "max_tokens")
-            # a `null` of the client's would come later than ours, and count
-            given = getattr(wanted, name) is None and b'"%b"' % name.encode() in body
-            member = b'"%b":%d' % (name.encode(), most)
-            body = replaced(body, name, b"%d" % most) if given else with_member(body, member)
+            name = b"max_output_tokens" if self.capability == "responses" else b"max_tokens"
+            body = with_member(body, b'"%b":%d' % (name, most))  # a `null` of the client's comes before it
         return body
 
     def meter(self) -> Meter:

@@ -59,9 +59,9 @@ def with_options(body: bytes, options: bytes) -> bytes:
 
 
 def with_member(body: bytes, member: bytes) -> bytes:
-    """One more member, before all others; for a name that the object does not have."""
-    start = body.index(b"{") + 1
-    return b"%b%b,%b" % (body[:start], member, body[start:])
+    """One more member of an object that has some. It is the last one, so it counts, whatever stands before it."""
+    end = body.rindex(b"}")
+    return b"%b,%b%b" % (body[:end], member, body[end:])
 
 
 def replaced(body: bytes, name: str, value: bytes) -> bytes:
