@@ -17,7 +17,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent
 MODULES = (
-    "core/admission", "core/board", "core/catalogue", "core/core", "core/health", "core/keyring", "core/limits",
+    "core/accounts", "core/admission", "core/board", "core/catalogue", "core/core", "core/health", "core/keyring", "core/limits",
     "core/limitstore", "core/pricing", "core/routing", "core/tally", "core/ticket", "errors", "worker/accesslog",
     "worker/asking", "worker/exchange", "worker/front", "worker/gate", "worker/headers", "worker/heads",
     "worker/journal", "worker/outbox", "worker/replying", "worker/request", "worker/sse", "worker/upstream",
