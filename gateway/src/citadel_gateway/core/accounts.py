@@ -73,9 +73,10 @@ class Account:
     """One user in this worker. What is to spare can be given out at once; `NEVER` where there is no limit."""
 
     __slots__ = (
-        "burst_requests", "burst_tokens", "calling", "delta_number", "dirty", "free", "idle_since", "left", "limits",
-        "new_requests", "new_tokens", "open_slots", "open_tokens", "overage", "person", "sent", "spare_requests",
-        "spare_slots", "spare_tokens", "tier", "told", "typical", "unsaid", "unsent", "user", "waiters", "workers",
+        "burst_requests", "burst_tokens", "calling", "delta_number", "dirty", "ease_requests", "ease_slots",
+        "ease_tokens", "free", "idle_since", "left", "limits", "new_requests", "new_tokens", "open_slots",
+        "open_tokens", "overage", "person", "sent", "spare_requests", "spare_slots", "spare_tokens", "tier", "told",
+        "typical", "unsaid", "unsent", "user", "waiters", "workers",
     )  # fmt: skip
 
     def __init__(self, person: Person) -> None:
@@ -93,7 +94,8 @@ class Account:
         self.delta_number = 0
         self.burst_requests = self.burst_tokens = 0  # admitted since the last tick
         self.calling = False
-        self.told = False  # what ends need not be told at once: there is plenty, or others know that they must wait
+        self.told = False  # the store knows that we have something to spare, and it is little
+        self.ease_requests = self.ease_tokens = self.ease_slots = 0
         self.unsaid = False  # something has ended since the last call
         self.dirty = False
         self.waiters: list[Waiter] = []
@@ -133,21 +135,27 @@ class Account:
             (_, requests, tokens), (at, more_requests, more_tokens) = self.unsent[:2]
             self.unsent[:2] = [(at, requests + more_requests, tokens + more_tokens)]
 
-    def plenty(self) -> bool:
-        """What we have to spare is little against what is left, so that it stands in nobody's way."""
+    def weigh(self) -> None:
+        """How much we may have to spare without standing in anybody's way: little against what is left."""
         share = CAUTION * self.workers
         left = self.left
         requests, tokens, slots = self.spare()
-        tokens_left = min((one for one in (left[1], left[3], left[4]) if one >= 0), default=NEVER)
+        quotas = () if self.overage else (left[3], left[4])  # a spent one bounds nothing any more
+        tokens_left = min((one for one in (left[1], *quotas) if one >= 0), default=-1)
+        self.ease_requests = (left[0] + requests) // share if left[0] >= 0 else 2 * NEVER
+        self.ease_tokens = (tokens_left + tokens) // share if tokens_left >= 0 else 2 * NEVER
+        self.ease_slots = (left[2] + slots) // share if left[2] >= 0 else 2 * NEVER
+
+    def plenty(self) -> bool:
         return (
-            (left[0] < 0 or left[0] + requests >= share * requests)
-            and tokens_left + tokens >= share * tokens
-            and (left[2] < 0 or left[2] + slots >= share * slots)
+            self.spare_requests <= self.ease_requests
+            and self.spare_tokens <= self.ease_tokens
+            and self.spare_slots <= self.ease_slots
         )
 
     def at_ease(self) -> bool:
-        """Of all that a request gives back when it ends we have something to spare anyway."""
-        return self.spare_tokens > 0 and self.spare_slots > 0
+        """What ends need not be told at once: there is plenty, and others know that they must wait for us."""
+        return self.spare_tokens > 0 and self.spare_slots > 0 and self.plenty()
 
     def want(self) -> Three:
         """To spare until the next tick: twice what was needed since the last one; a single request makes no rush."""
@@ -161,7 +169,8 @@ class Account:
     def remaining(self) -> tuple[int, ...]:
         """Of each of the five limits, as far as we know; negative where there is none."""
         requests, tokens, slots = self.spare()
-        spare = (requests, tokens, slots, tokens, tokens)
+        quota = 0 if self.overage else tokens
+        spare = (requests, tokens, slots, quota, quota)
         return tuple(
             min(limit, left + more) if limit >= 0 else -1
             for limit, left, more in zip(self.limits, self.left, spare, strict=True)

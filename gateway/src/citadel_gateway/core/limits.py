@@ -122,7 +122,9 @@ class Limiter:
         if not account.dirty:
             account.dirty = True
             self.dirty.append(account)
-        if not account.told and not account.calling and self.store.up:
+        if account.told and account.spare_tokens <= account.ease_tokens and account.spare_slots <= account.ease_slots:
+            return  # the tick tells it
+        if not account.calling and self.store.up:
             self.call(account, now)
 
     def cancel(self, done: Done) -> None:
@@ -238,9 +240,10 @@ class Limiter:
             account.spare_requests += answer.extra[0]
             account.spare_tokens += answer.extra[1]
             account.spare_slots += answer.extra[2]
+            account.weigh()
+            account.told = account.at_ease()
             if not account.plenty():  # somebody else may be refused because of us
                 account.unsaid = True
-            account.told = account.plenty() and account.at_ease()
         kept = [
             waiter
             for waiter, (code, wait) in zip(call.waiters, answer.verdicts, strict=True)
