@@ -173,7 +173,8 @@ def test_without_the_database(control: ThreadedControl) -> None:
 
 
 def test_what_counts_against_limits(site: Site, redis_server: RedisServer) -> None:
-    site.config["redis"] = {"url": redis_server.url, "password_file": str(redis_server.password_file), "prefix": "citadel"}
+    password = str(redis_server.password_file)
+    site.config["redis"] = {"url": redis_server.url, "password_file": password, "prefix": "citadel"}
     site.config["policies_file"] = str(site.folder / "policies.json")
     (site.folder / "policies.json").write_text('{"tiers": [{"name": "basic", "tokens_per_day": 1000}]}')
     control = ThreadedControl(site).start()

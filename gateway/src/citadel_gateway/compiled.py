@@ -17,11 +17,11 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent
 MODULES = (
-    "core/accounts", "core/admission", "core/board", "core/catalogue", "core/core", "core/health", "core/keyring", "core/limits",
-    "core/limitstore", "core/pricing", "core/routing", "core/tally", "core/ticket", "errors", "worker/accesslog",
-    "worker/asking", "worker/exchange", "worker/front", "worker/gate", "worker/headers", "worker/heads",
-    "worker/journal", "worker/outbox", "worker/replying", "worker/request", "worker/sse", "worker/upstream",
-    "worker/usage",
+    "core/accounts", "core/admission", "core/board", "core/catalogue", "core/core", "core/health", "core/keyring",
+    "core/limits", "core/limitstore", "core/pricing", "core/routing", "core/tally", "core/ticket", "errors",
+    "worker/accesslog", "worker/asking", "worker/exchange", "worker/front", "worker/gate", "worker/headers",
+    "worker/heads", "worker/journal", "worker/outbox", "worker/replying", "worker/request", "worker/sse",
+    "worker/upstream", "worker/usage",
 )  # fmt: skip
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 
