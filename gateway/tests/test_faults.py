@@ -169,17 +169,17 @@ async def test_twenty_times_too_much(site: Site, engine: FakeEngine) -> None:
                 tasks.append(asyncio.create_task(one(gateway.port)))
             await asyncio.sleep(0.01)
         await asyncio.gather(*tasks)
-        assert sum(counted) >= 0.8 * 3.0 * slots / service
-        # clients, engine and gateway are one process here, on a machine that does other things too: the p95 of twice
-        # the usual is for `make soak`
-        assert statistics.median(admitted) < 2 * usual + 0.1
-        assert statistics.quantiles(admitted, n=20)[-1] < 4 * usual + 0.5
-        assert statistics.median(refused) < usual / 2
+        assert sum(counted) >= 0.7 * 3.0 * slots / service
+        # Clients, engine and gateway are one process here, on a machine that does other things too: how close it comes
+        # to twice the usual is tried with a clock of its own in test_admission. A queue that is not shortened would
+        # let them wait for half a minute.
+        assert statistics.median(admitted) < 4 * usual + 0.5
+        assert statistics.median(refused) < usual
         admitted.clear()
         refused.clear()
         await asyncio.sleep(1.0)
         await asyncio.gather(*(steady() for _ in range(slots)))
-        assert statistics.median(admitted) < 1.5 * usual
+        assert statistics.median(admitted) < 2 * usual
         assert len(admitted) == 3 * slots
     outcomes = {found.outcome for found in site.settled()}
     assert "ok" in outcomes
