@@ -17,6 +17,7 @@ REPO = Path(__file__).resolve().parents[2]
 HOST = "hx-llm-server-01"
 URL = "http://10.77.0.29:8000"
 MODELS = ["mixtral-8x7b", "hermes-2", "openchat-3.5", "phi-3-mini"]
+POLICIES = ["auto", "cheap", "default"]  # names that become a model, listed beside them
 PLAY_SECONDS = 1500
 
 

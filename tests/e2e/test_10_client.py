@@ -5,13 +5,13 @@ import pytest
 from openai import AuthenticationError, BadRequestError, NotFoundError, OpenAI
 from openai.types.chat import ChatCompletionMessageParam
 
-from .conftest import MODELS, URL, Lab
+from .conftest import MODELS, POLICIES, URL, Lab
 
 MESSAGES: list[ChatCompletionMessageParam] = [{"role": "user", "content": "Say something."}]
 
 
 def test_lists_the_models_by_their_names(client: OpenAI) -> None:
-    assert sorted(model.id for model in client.models.list()) == sorted(MODELS)
+    assert sorted(model.id for model in client.models.list()) == sorted(MODELS + POLICIES)
 
 
 @pytest.mark.parametrize("model", MODELS)

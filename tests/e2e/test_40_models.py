@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx2
 from openai import OpenAI
 
-from .conftest import HOST, MODELS, URL, Lab, engine, recap
+from .conftest import HOST, MODELS, POLICIES, URL, Lab, engine, recap
 
 FIFTH = "[*models, models[-1] | {'name': 'fifth', 'port': 11404}]"
 
@@ -27,7 +27,7 @@ def test_a_fifth_model_is_one_entry_and_goes_without_a_trace(
         "playbooks/vllm.yml",
         *changed_models("[*models, models[-1] | {'name': 'fifth', 'port': 11404, 'state': 'absent'}]"),
     )
-    assert sorted(model.id for model in client.models.list()) == sorted(MODELS)
+    assert sorted(model.id for model in client.models.list()) == sorted(MODELS + POLICIES)
     left = lab.ssh(
         "find /etc /var/log /var/lib /var/cache /run /opt/citadel/bin /opt/models -name '*fifth*' 2>/dev/null",
         check=False,
