@@ -43,7 +43,7 @@ down: ## stop the lab; nothing is left but the cache
 check: venv ## lint, types, unit and contract tests: neither root nor the lab
 	@$(STAGE) lint 120 $(MAKE) --no-print-directory lint
 	@$(STAGE) types 60 $(MAKE) --no-print-directory types
-	@$(STAGE) unit 120 $(MAKE) --no-print-directory unit
+	@$(STAGE) unit 240 $(MAKE) --no-print-directory unit
 
 lint: venv
 	ruff check $(PYTHON_FILES)
@@ -66,7 +66,7 @@ molecule: venv ## one scenario: make molecule S=gateway
 test: tools venv check ## everything: check, each molecule scenario, site.yml on the lab, end-to-end tests
 	@$(STAGE) images 420 lab/lab prepare
 	@test ! -d tests/browser || $(STAGE) browser 120 pytest tests/browser
-	@$(STAGE) --last scenarios 1800 lab/lab exec pytest tests/scenarios tests/e2e -v --durations=25
+	@$(STAGE) --last scenarios 2400 lab/lab exec pytest tests/scenarios tests/e2e -v --durations=25
 
 e2e: tools venv ## the end-to-end tests on the lab
 	lab/lab exec pytest tests/e2e -v
