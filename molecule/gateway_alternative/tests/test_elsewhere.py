@@ -142,7 +142,7 @@ def test_fewer_workers_on_another_port_and_back(host: Host, fetch: Callable[...,
 def test_a_release_that_does_not_start_stops_at_the_first_worker(host: Host, fetch: Callable[..., Any]) -> None:
     """The play fails, the other workers serve on as they are, and the next good play puts everything right."""
     broken = "/srv/broken/bin/citadel-gateway"
-    script = '#!/bin/sh\ntest "$1" = check-config\n'
+    script = '#!/bin/sh\ncase "$1" in check-config | migrate) ;; *) exit 1 ;; esac\n'
     host.check_output(
         "mkdir --parents /srv/broken/bin && printf %s %s > %s && chmod 755 %s", "%s", script, broken, broken
     )
