@@ -13,7 +13,7 @@ STAMP = .venv/.complete-$(shell cat requirements.txt files/requirements/installe
 TOOLS := ca-certificates chromium chromium-driver curl debian-archive-keyring iproute2 mmdebstrap openssh-client python3-venv systemd-container util-linux
 PYTHON_FILES := gateway bench bench/gateway/run lab plugins tests tools molecule roles/vllm/files/citadel-engine roles/vllm/files/citadel-fetch lab/lab
 
-.PHONY: help tools venv lab down test check lint types unit molecule e2e scenarios validate docs lock bench
+.PHONY: help tools venv lab down test check lint types unit molecule e2e scenarios validate docs lock bench soak
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z0-9]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -81,5 +81,11 @@ lock: venv ## resolve and lock all requirements anew
 	files/requirements/lock.sh
 	uv pip compile requirements.in --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --quiet --output-file requirements.txt
 
-bench: venv ## time of a site.yml that has nothing to change, by role and task
-	$(BIN)/python tools/profile_play.py --budget 120 lab/lab play playbooks/site.yml
+bench: venv ## gateways side by side (bench/gateway); on a lab that is up also a site.yml with nothing to change, by role and task
+	@tools/servers
+	bench/gateway/run --install
+	! test -e /run/citadel-lab || $(BIN)/python tools/profile_play.py --budget 120 lab/lab play playbooks/site.yml
+
+soak: venv ## ten million events through one worker of the gateway: its memory must stay flat
+	@tools/servers
+	bench/gateway/run --soak 10000000
