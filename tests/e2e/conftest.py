@@ -27,9 +27,9 @@ def models_status(key: str, url: str = URL) -> int:
     return httpx2.get(f"{url}/v1/models", headers=headers, trust_env=False, timeout=10).status_code
 
 
-def all_say(status: int, key: str) -> bool:
+def all_say(status: int, key: str, *urls: str) -> bool:
     """Whether every worker answers a key like that: each new connection may be any worker's."""
-    return all(models_status(key) == status for _ in range(6))
+    return all(models_status(key, url) == status for url in urls or (URL,) for _ in range(6))
 
 
 @dataclass(frozen=True)
