@@ -122,8 +122,9 @@ class Worker:
             gate.prune(now)
             gate.core.note_progress(now)
             self.write_report(len(fronts))
-            if self.tending is None or self.tending.done():
-                self.tending = self.thread.submit(self.journal.tend)
+        # a segment that was begun needs the next one soon: under full load it is full within a second
+        if (counter % 10 == 0 or self.journal.next is None) and (self.tending is None or self.tending.done()):
+            self.tending = self.thread.submit(self.journal.tend)
         if self.alive_every and now >= self.alive_next:
             self.alive_next = now + self.alive_every
             notify("WATCHDOG=1")
