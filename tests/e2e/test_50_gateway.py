@@ -13,15 +13,18 @@ VERSION_FILE = REPO / "gateway" / "src" / "citadel_gateway" / "__init__.py"
 
 def test_upgrade_under_open_streams(lab: Lab) -> None:
     before = {unit: lab.show(unit, "MainPID") for unit in ("citadel-gateway@1.service", "citadel-gateway@2.service")}
-    body = {"model": "phi-3-mini", "prompt": "x", "max_tokens": 700, "stream": True, "ignore_eos": True}
+    # as many for each model as it has slots for, so that none waits or is sent away
+    models = ("phi-3-mini", "phi-3-mini", "phi-3-mini", "mixtral-8x7b", "hermes-2")
+    body = {"prompt": "x", "max_tokens": 700, "stream": True, "ignore_eos": True}
     headers = {"Authorization": f"Bearer {lab.key}"}
     opened = threading.Semaphore(0)
     stop = threading.Event()
 
-    def stream(_: int) -> str:
+    def stream(number: int) -> str:
+        asked = {**body, "model": models[number % len(models)]}
         with (
             httpx2.Client(timeout=300, trust_env=False, headers=headers) as client,
-            client.stream("POST", f"{URL}/v1/completions", json=body) as reply,
+            client.stream("POST", f"{URL}/v1/completions", json=asked) as reply,
         ):
             opened.release()
             if reply.status_code != 200:
