@@ -42,7 +42,7 @@ def test_changing_one_setting_restarts_that_model_only_after_a_drain(
 ) -> None:
     """Streams are open all the while: each one that was begun ends whole, and later ones are told to come back."""
     before = lab.pids()
-    changed = changed_models("[m | ({'max_num_seqs': 3} if m['name'] == 'phi-3-mini' else {}) for m in models]")
+    changed = changed_models("[m | ({'max_num_seqs': 31} if m['name'] == 'phi-3-mini' else {}) for m in models]")
     stop = threading.Event()
     with ThreadPoolExecutor(1) as pool:
         ends = pool.submit(stream_on_and_on, lab, "phi-3-mini", stop)
@@ -55,7 +55,7 @@ def test_changing_one_setting_restarts_that_model_only_after_a_drain(
     after = lab.pids()
     assert {name for name in MODELS if before[name] != after[name]} == {"phi-3-mini"}
     assert lab.generates("phi-3-mini")
-    assert "max-num-seqs: 3" in lab.ssh("cat /etc/citadel-llm/models/phi-3-mini.yaml")
+    assert "max-num-seqs: 31" in lab.ssh("cat /etc/citadel-llm/models/phi-3-mini.yaml")
 
 
 def stream_on_and_on(lab: Lab, model: str, stop: threading.Event) -> list[str]:

@@ -1,6 +1,7 @@
 """An upgrade of the gateway under 50 open streams cuts none and refuses none."""
 
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx2
@@ -8,6 +9,7 @@ import httpx2
 from .conftest import REPO, URL, Lab
 
 STREAMS = 50
+RELEASE = "readlink /opt/citadel/gateway-env"
 VERSION_FILE = REPO / "gateway" / "src" / "citadel_gateway" / "__init__.py"
 
 
@@ -15,21 +17,31 @@ def test_upgrade_under_open_streams(lab: Lab) -> None:
     before = {unit: lab.show(unit, "MainPID") for unit in ("citadel-gateway@1.service", "citadel-gateway@2.service")}
     # as many for each model as it has slots for, so that none waits or is sent away
     models = ("phi-3-mini", "phi-3-mini", "phi-3-mini", "mixtral-8x7b", "hermes-2")
+    # connections fall on either worker, and one may have heard a moment ago that a model is back from a drain
+    lab.wait_until("each worker serves each model", lambda: all(map(lab.generates, models * 4)), 60)
     body = {"prompt": "x", "max_tokens": 700, "stream": True, "ignore_eos": True}
     headers = {"Authorization": f"Bearer {lab.key}"}
     opened = threading.Semaphore(0)
     stop = threading.Event()
 
-    def stream(number: int) -> str:
-        asked = {**body, "model": models[number % len(models)]}
+    def stream(asked: dict[str, object]) -> str:
         with (
             httpx2.Client(timeout=300, trust_env=False, headers=headers) as client,
             client.stream("POST", f"{URL}/v1/completions", json=asked) as reply,
         ):
             opened.release()
-            if reply.status_code != 200:
-                return f"status {reply.status_code}"
-            return "whole" if "".join(reply.iter_text()).rstrip().endswith("data: [DONE]") else "cut"
+            text = "".join(reply.iter_text())
+        if reply.status_code != 200:
+            return f"{asked['model']}: {reply.status_code} {text}"
+        return "whole" if text.rstrip().endswith("data: [DONE]") else f"{asked['model']}: cut after {text[-200:]}"
+
+    def streams(number: int) -> list[str]:
+        """One after the other, as long as workers are being replaced."""
+        asked = {**body, "model": models[number % len(models)]}
+        ends = [stream(asked)]
+        while not stop.is_set() and ends[-1] == "whole":
+            ends.append(stream(asked))
+        return ends
 
     def knock() -> list[str]:
         """New connections all the while."""
@@ -44,19 +56,24 @@ def test_upgrade_under_open_streams(lab: Lab) -> None:
         return failed
 
     source = VERSION_FILE.read_text()
-    with ThreadPoolExecutor(STREAMS + 1) as pool:
-        streams = [pool.submit(stream, n) for n in range(STREAMS)]
-        for _ in range(STREAMS):
-            assert opened.acquire(timeout=120)
-        knocking = pool.submit(knock)
+    release = lab.ssh(RELEASE)
+    with ThreadPoolExecutor(STREAMS + 2) as pool:
         try:
-            VERSION_FILE.write_text(source + "# another build\n")
-            lab.play("playbooks/gateway.yml")
-            ends = [one.result() for one in streams]
+            VERSION_FILE.write_text(f"{source}# built {time.time()}\n")
+            playing = pool.submit(lab.play, "playbooks/gateway.yml")
+            # compiling takes a minute of this machine; the workers still run the old release when the new one is there
+            lab.wait_until("a new release", lambda: playing.done() or lab.ssh(RELEASE) != release, 300, pause=0.3)
+            running = [pool.submit(streams, n) for n in range(STREAMS)]
+            knocking = pool.submit(knock)
+            for _ in range(STREAMS):
+                assert opened.acquire(timeout=120)
+            assert not playing.done(), "the workers were replaced before the streams were open"
+            playing.result()
         finally:
             stop.set()
             VERSION_FILE.write_text(source)
-    assert ends == ["whole"] * STREAMS
+    ends = [end for one in running for end in one.result()]
+    assert [end for end in ends if end != "whole"] == []
     assert knocking.result() == []
     after = {unit: lab.show(unit, "MainPID") for unit in before}
     assert all(before[unit] != after[unit] for unit in before), "the workers were not replaced"
