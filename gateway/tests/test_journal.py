@@ -1,17 +1,21 @@
 """The journal of a worker: nothing that was written is lost, whatever ends the process."""
 
+import asyncio
 import errno
 import fcntl
 import os
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import pytest
 from citadel_gateway.records import Opened, Record, decode
 from citadel_gateway.worker import journal as module
 from citadel_gateway.worker.journal import Journal
+from citadel_gateway.worker.outbox import Outbox
 
 from gateway.tests.processes import environment
 
@@ -79,6 +83,39 @@ def test_a_record_is_in_the_file_at_once(tmp_path: Path, lost: list[int]) -> Non
     assert not lost
 
 
+def test_records_of_one_turn_are_written_together_before_anything_leaves(tmp_path: Path, lost: list[int]) -> None:
+    journal = make(tmp_path, lost)
+    calls: list[Callable[[], None]] = []
+    journal.soon = calls.append
+    for number in range(3):
+        journal.append(opened(number))
+    assert all_ids(tmp_path) == []
+    assert calls == [journal.flush]
+    loop = asyncio.new_event_loop()
+    outbox = Outbox(loop)
+    outbox.before = journal.flush
+    transport = Recorder(tmp_path)
+    outbox.put(cast("asyncio.Transport", transport), b"reply", load=1)
+    loop.close()
+    assert transport.seen == [["w-0", "w-1", "w-2"]]
+    calls[0]()
+    journal.append(opened(3))
+    assert len(calls) == 2
+    journal.close()
+    assert all_ids(tmp_path) == ["w-0", "w-1", "w-2", "w-3"]
+
+
+class Recorder:
+    """A transport that notes what the journal has when it is written to."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.seen: list[list[str]] = []
+
+    def write(self, data: bytes) -> None:
+        self.seen.append(all_ids(self.folder))
+
+
 def test_segments_follow_each_other(tmp_path: Path, lost: list[int]) -> None:
     journal = make(tmp_path, lost, 4096)
     for number in range(200):
@@ -93,7 +130,7 @@ def test_segments_follow_each_other(tmp_path: Path, lost: list[int]) -> None:
     assert all(path.stat().st_size for path in tmp_path.glob("*.jsonl"))
 
 
-def test_what_was_synced_leaves_the_memory_and_is_still_there(tmp_path: Path, lost: list[int]) -> None:
+def test_what_was_synced_is_still_there(tmp_path: Path, lost: list[int]) -> None:
     journal = make(tmp_path, lost)
     for number in range(300):
         journal.append(opened(number))

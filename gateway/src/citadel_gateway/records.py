@@ -13,7 +13,7 @@ from msgspec import Struct
 SYSTEM_USER = "system"  # to whom the gateway's own probes are ledgered
 
 
-class Candidate(Struct, array_like=True, frozen=True):
+class Candidate(Struct, array_like=True, frozen=True, gc=False):
     """One replica that was looked at. The smallest `score` is taken; `note` says what spoke for it or against it
     (best, affinity, session, second_choice, down, open, draining, tried, full, slow_start).
     """
@@ -24,7 +24,7 @@ class Candidate(Struct, array_like=True, frozen=True):
     note: str
 
 
-class Why(Struct, frozen=True, omit_defaults=True):
+class Why(Struct, frozen=True, gc=False, omit_defaults=True):
     """The decision about one request, complete enough to take it again under another policy."""
 
     policy: str = ""
@@ -44,7 +44,7 @@ class Why(Struct, frozen=True, omit_defaults=True):
     retry_after: float = 0.0
 
 
-class Opened(Struct, frozen=True, tag="opened", tag_field="kind", omit_defaults=True):
+class Opened(Struct, frozen=True, gc=False, tag="opened", tag_field="kind", omit_defaults=True):
     id: str
     request_id: str
     at: float  # seconds since the epoch
@@ -63,19 +63,19 @@ class Opened(Struct, frozen=True, tag="opened", tag_field="kind", omit_defaults=
     backend: str = ""
 
 
-class Running(Struct, array_like=True, frozen=True):
+class Running(Struct, array_like=True, frozen=True, gc=False):
     id: str
     input_tokens: int
     output_tokens: int
     engine_seconds: float
 
 
-class Progress(Struct, frozen=True, tag="progress", tag_field="kind"):
+class Progress(Struct, frozen=True, gc=False, tag="progress", tag_field="kind"):
     at: float
     requests: tuple[Running, ...]
 
 
-class Settled(Struct, frozen=True, tag="settled", tag_field="kind", omit_defaults=True):
+class Settled(Struct, frozen=True, gc=False, tag="settled", tag_field="kind", omit_defaults=True):
     """Seconds are durations. `exact`: the engine said how many tokens there were; else they are
     counted or estimated.
     """
@@ -122,4 +122,5 @@ Record = Opened | Progress | Settled
 Kind = Literal["opened", "progress", "settled"]
 
 encode = msgspec.json.Encoder().encode
+encode_lines = msgspec.json.Encoder().encode_lines
 decode = msgspec.json.Decoder(Record).decode

@@ -1,9 +1,10 @@
 """The journal of one worker: what was asked and used, kept from the moment it is known.
 
-Records go into a file that is mapped into memory and whose blocks were allocated before, so that a record costs no
-system call, is safe from a `kill -9` once it is written, and cannot fail on a full disk. Zero bytes are what is not
-written yet. A thread makes the next segment ahead of time and syncs once a second; without space records wait in
-memory, and those that find no room there are counted as lost: requests go on.
+The records of one turn of the event loop are written together, at its end and before anything of what was decided in
+it leaves the process (see `Outbox`). They go into a file whose blocks were allocated before, so that a full disk is
+known before it hurts; once written they are safe from a `kill -9`. Zero bytes are what is not written yet. A thread
+makes the next segment ahead of time and syncs once a second; without space records wait in memory, and those that find
+no room there are counted as lost: requests go on.
 
 Segments of one process are `<host>-w<N>-<start ns>-<K>.jsonl`. The newest is locked as long as the process lives, so
 that the settler can tell the journal of a dead worker from that of a silent one.
@@ -12,7 +13,6 @@ that the settler can tell the journal of a dead worker from that of a silent one
 import contextlib
 import fcntl
 import logging
-import mmap
 import os
 import time
 from collections import deque
@@ -20,55 +20,49 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
-from citadel_gateway.records import Record, encode
+from citadel_gateway.records import Record, encode_lines
 
 log = logging.getLogger("citadel_gateway")
 
 WAITING: Final = 8 * 1024 * 1024  # bytes of records that may wait for space
-PAGE: Final = mmap.PAGESIZE
 
 
 class Segment:
-    """One file, locked and mapped. Raises OSError when there is no space for it."""
+    """One file, locked. Raises OSError when there is no space for it."""
 
     def __init__(self, path: Path, size: int) -> None:
         self.path = path
         self.size = size
         self.end = 0  # of what is written
-        self.let_go = 0  # pages up to here are no longer in our memory
         self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o640)
         try:
             fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.posix_fallocate(self.fd, 0, size)
-            self.memory = mmap.mmap(self.fd, size)
         except OSError:
             os.close(self.fd)
             path.unlink(missing_ok=True)
             raise
 
-    def write(self, line: bytes) -> bool:
-        """Append a line, its newline last; False when it does not fit."""
-        start = self.end
-        end = start + len(line)
-        if end >= self.size:
+    def write(self, lines: bytes) -> bool:
+        """Append whole lines; False when they do not fit, or the disk has failed."""
+        end = self.end + len(lines)
+        if end > self.size:
             return False
-        memory = self.memory
-        memory[start:end] = line
-        memory[end] = 10
-        self.end = end + 1
+        try:
+            written = os.pwrite(self.fd, lines, self.end)
+            while written < len(lines):
+                written += os.pwrite(self.fd, lines[written:], self.end + written)
+        except OSError:  # what was written of them is written over
+            return False
+        self.end = end
         return True
 
     def sync(self) -> None:
-        """Bring what is written to the disk, and out of this process' own memory."""
-        whole = self.end // PAGE * PAGE
+        """Bring what is written to the disk."""
         os.fdatasync(self.fd)
-        if whole > self.let_go:
-            self.memory.madvise(mmap.MADV_DONTNEED, self.let_go, whole - self.let_go)
-            self.let_go = whole
 
     def close(self) -> None:
         """Give back the space that was not used, and the lock. A segment without a record leaves no file."""
-        self.memory.close()
         try:
             if self.end:
                 os.ftruncate(self.fd, self.end)
@@ -102,6 +96,8 @@ class Journal:
         self.current: Segment | None = None
         self.next: Segment | None = None
         self.former: list[Segment] = []
+        self.soon: Callable[[Callable[[], None]], object] | None = None  # calls at the end of the loop's turn
+        self.fresh: list[Record] = []  # of this turn
         self.waiting: deque[bytes] = deque()
         self.size = 0  # bytes that wait
         self.trouble = ""
@@ -114,14 +110,28 @@ class Journal:
 
     # event loop -----------------------------------------------------------------------------------------------------
     def append(self, record: Record) -> None:
-        line = encode(record)
-        if self.waiting or not self.put(line):
-            self.wait(line)
+        """It is written at the end of the turn; without a loop, at once."""
+        if not self.fresh and self.soon is not None:
+            self.soon(self.flush)
+        self.fresh.append(record)
+        if self.soon is None:
+            self.flush()
 
-    def put(self, line: bytes) -> bool:
+    def flush(self) -> None:
+        """Write what this turn has brought."""
+        if not self.fresh:
+            return
+        lines = encode_lines(self.fresh)
+        self.fresh.clear()
+        if self.waiting or not self.put(lines):
+            for line in lines.splitlines(keepends=True):
+                if self.waiting or not self.put(line):
+                    self.wait(line)
+
+    def put(self, lines: bytes) -> bool:
         """Into the segment, or into the next one when it is full and the next one is there."""
         current = self.current
-        if current is not None and current.write(line):
+        if current is not None and current.write(lines):
             return True
         following, self.next = self.next, None
         if following is None:
@@ -129,7 +139,7 @@ class Journal:
         if current is not None:
             self.former.append(current)
         self.current = following
-        return following.write(line)
+        return following.write(lines)
 
     def wait(self, line: bytes) -> None:
         if self.size + len(line) > WAITING or len(line) >= self.segment_bytes:
@@ -180,6 +190,7 @@ class Journal:
 
     def close(self) -> None:
         """At the end of the worker; what found no space is lost."""
+        self.flush()
         self.tick()
         if self.waiting:
             self.lost(len(self.waiting))

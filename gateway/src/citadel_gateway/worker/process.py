@@ -98,6 +98,8 @@ class Worker:
             board=self.board,
             peer_key=self.peer_key,
         )
+        self.journal.soon = asyncio.get_running_loop().call_soon
+        gate.outbox.before = self.journal.flush
         gate.set_date(time.time())
         gate.apply(self.first)
         self.gate = gate
