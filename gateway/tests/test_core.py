@@ -37,8 +37,7 @@ from citadel_gateway.settings import (
 )
 from citadel_gateway.settings import Admission as AdmissionSettings
 from citadel_gateway.snapshot import Snapshot
-from citadel_gateway.worker.asking import NO_HINTS, Asking
-from citadel_gateway.worker.shapes import Hints
+from citadel_gateway.worker.asking import NO_HINTS, Asking, Hints
 from citadel_gateway.worker.usage import Meter
 
 from gateway.tests.site import digest
@@ -178,7 +177,7 @@ def test_the_states_of_a_request(of: Fixture) -> None:
     assert (ticket.state, core.open, backend.inflight) == (SETTLED, 0, 0)
     (line,) = of.lines
     path, size = "/v1/chat/completions", len(BODY)
-    assert line == Line(1000.0, ticket.id, "k-free", "one", path, 200, True, size, 0, 1000.0, 2000.0, "10.0.0.1", "ok")
+    assert line == Line(1002.0, ticket.id, "k-free", "one", path, 200, True, size, 0, 1000.0, 2000.0, "10.0.0.1", "ok")
 
 
 def test_a_request_is_settled_once(of: Fixture) -> None:

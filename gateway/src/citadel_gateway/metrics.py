@@ -102,6 +102,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self.series: dict[tuple[str, str, bool], Series] = {}
+        self.tiers: dict[Labels, int] = {}  # by tier and outcome
         self.counters: dict[str, dict[Labels, float]] = {}
         self.histograms: dict[str, dict[Labels, Histogram]] = {}
         for name, (kind, _, _) in FAMILIES.items():
@@ -141,14 +142,20 @@ class Metrics:
             for kind, tokens in (("input", series.input), ("output", series.output), ("cached", series.cached)):
                 if tokens:
                     self.count("llm_gateway_tokens_total", (model, kind), tokens)
-            for component, usd in series.spent.items():
-                self.count("llm_gateway_cost_usd_total", (model, component), usd)
+            for component, usd in (
+                ("hardware", series.hardware), ("energy", series.energy), ("tokens", series.tokens),
+            ):  # fmt: skip
+                if usd:
+                    self.count("llm_gateway_cost_usd_total", (model, component), usd)
             labels = (model, endpoint, "true" if stream else "false")
             self.merge("llm_gateway_request_duration_seconds", labels, series.duration)
             self.merge("llm_gateway_time_to_first_token_seconds", (model,), series.first_token)
             self.merge("llm_gateway_request_cost_usd", (model,), series.cost)
             self.merge("llm_gateway_queue_seconds", (model,), series.queue)
         self.series = {}
+        for tier, count in self.tiers.items():
+            self.count("llm_gateway_requests_by_tier_total", tier, count)
+        self.tiers.clear()
 
     def merge(self, name: str, labels: Labels, more: Histogram) -> None:
         if any(more.counts):

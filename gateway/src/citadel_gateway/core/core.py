@@ -20,7 +20,7 @@ from citadel_gateway.core.admission import Gatekeeper, Shed, Waiter
 from citadel_gateway.core.board import Board
 from citadel_gateway.core.catalogue import Backend, Catalogue, Model
 from citadel_gateway.core.health import CLOSED, HALF_OPEN, NEUTRAL, SERVED
-from citadel_gateway.core.keyring import Caller, KeyRing, Person
+from citadel_gateway.core.keyring import FOREVER, Caller, KeyRing, Person
 from citadel_gateway.core.limits import Denied, Limiter, Reservation
 from citadel_gateway.core.routing import Query, Router, unavailable
 from citadel_gateway.core.tally import COST, DURATION, QUEUE, TTFT
@@ -76,6 +76,7 @@ class Core:
         self.limiter = limiter
         self.keys = KeyRing()
         self.metrics = metrics
+        self.tiers: dict[Labels, int] = metrics.tiers
         self.record = record
         self.journal = journal
         self.wall = wall
@@ -104,7 +105,7 @@ class Core:
     def receive(self, offered_id: bytes, endpoint: str, path: bytes, client: str, now: float, bytes_in: int) -> Ticket:
         """A ticket for a request; the id that is shown is the client's if that is a harmless one, else ours."""
         self.serial += 1
-        own = name = f"{self.prefix}-{self.serial:x}"
+        own = name = f"{self.prefix}-{self.serial}"
         if offered_id and REQUEST_ID.fullmatch(offered_id) is not None:
             name = offered_id.decode()
         else:
@@ -119,7 +120,7 @@ class Core:
     def known(self, digest: bytes) -> Caller:
         """The key with this SHA-256. Raises 401, or 403 for a key that may not generate."""
         key = self.keys.by_digest.get(digest)
-        if key is None or key.expires <= self.wall():
+        if key is None or (key.expires < FOREVER and key.expires <= self.wall()):
             raise Refusal(401, "invalid_api_key", "The key that was given is not known here")
         if not key.inference:
             raise Refusal(403, "insufficient_scope", "This key may not use models: it lacks the scope 'inference'")
@@ -443,9 +444,9 @@ class Core:
             series.cached += used.cached
             if cost:
                 series.cost.observe(cost, COST)
-                spent = series.spent
-                for component, usd in parts.items():
-                    spent[component] = spent.get(component, 0.0) + usd
+                series.hardware += parts.get("hardware", 0.0)
+                series.energy += parts.get("energy", 0.0)
+                series.tokens += parts.get("tokens", 0.0)
             if model is not None and model.slots:
                 series.queue.observe(ticket.waited, QUEUE)
         if ticket.first and ticket.stream:
@@ -469,7 +470,8 @@ class Core:
         key, query, model = ticket.key, ticket.query, ticket.model
         assert key is not None
         tier = key.person.tier.name
-        self.metrics.count("llm_gateway_requests_by_tier_total", (tier, outcome))
+        tiers, labels = self.tiers, (tier, outcome)
+        tiers[labels] = tiers.get(labels, 0) + 1
         if ticket.opened:
             del self.running[ticket.id]
         first = ticket.first - ticket.started if ticket.first else 0.0
@@ -538,7 +540,7 @@ class Core:
         key, model = ticket.key, ticket.model
         self.record(
             Line(
-                self.wall(),
+                ticket.at + taken,
                 ticket.name,
                 key.id if key is not None else "",
                 model.name if model is not None else "",
@@ -602,7 +604,7 @@ class Core:
     def note_probe(self, backend: Backend, input_tokens: int, output_tokens: int, taken: float) -> None:
         """A probe that generated is a request of the gateway's own."""
         self.serial += 1
-        name = f"{self.prefix}-{self.serial:x}"
+        name = f"{self.prefix}-{self.serial}"
         cost, parts = self.router.prices.cost(backend.model, input_tokens, output_tokens, 0, taken)
         self.journal(
             Settled(

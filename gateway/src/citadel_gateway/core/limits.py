@@ -70,11 +70,13 @@ class Limiter:
     # one request ----------------------------------------------------------------------------------------------------
     def reserve(self, person: Person, tokens: int, now: float, done: Done) -> Reservation | Denied | None:
         """At once, or None: then `done` is called later, unless `cancel(done)` comes before."""
-        account = person.account
-        if account is None or account.tier is not person.tier:
-            account = self.account(person)
-        if account.free:
-            return Reservation(person.id, tokens, None, now)
+        tier = person.tier
+        found = person.account
+        if not isinstance(found, Account) or found.tier is not tier or found.free:
+            found = self.account(person)
+            if found.free:
+                return Reservation(person.id, tokens, None, now)
+        account: Account = found
         if (
             account.spare_requests > 0
             and account.spare_tokens >= tokens

@@ -8,8 +8,6 @@ requests ran is a quarter for each, so that the sum over requests is the time in
 from collections.abc import Iterable, Mapping
 from typing import Final
 
-from msgspec import Struct
-
 from citadel_gateway.settings import Hardware, Model, Price
 
 YEAR_SECONDS: Final = 365.25 * 86_400
@@ -20,15 +18,26 @@ FREE: Final = Price()
 Components = dict[str, float]  # "hardware", "energy", "tokens": USD
 
 
-class Rate(Struct, frozen=True):
+class Rate:
     """USD of a model: for a second in which its engine works, and for a token."""
 
-    hardware: float = 0.0
-    energy: float = 0.0
-    input_token: float = 0.0
-    output_token: float = 0.0
-    cached_token: float = 0.0
-    idle_hour: float = 0.0
+    __slots__ = ("cached_token", "energy", "hardware", "idle_hour", "input_token", "output_token")
+
+    def __init__(
+        self,
+        hardware: float = 0.0,
+        energy: float = 0.0,
+        input_token: float = 0.0,
+        output_token: float = 0.0,
+        cached_token: float = 0.0,
+        idle_hour: float = 0.0,
+    ) -> None:
+        self.hardware = hardware
+        self.energy = energy
+        self.input_token = input_token
+        self.output_token = output_token
+        self.cached_token = cached_token
+        self.idle_hour = idle_hour
 
     @property
     def second(self) -> float:
@@ -64,15 +73,18 @@ class Prices:
         """USD, in all and by component; a component of nothing is left out. Cached tokens are some of the input."""
         rate = self.rates.get(model, self.free)
         cached = min(cached_tokens, input_tokens)
-        parts = {
-            "hardware": rate.hardware * engine_seconds,
-            "energy": rate.energy * engine_seconds,
-            "tokens": rate.input_token * (input_tokens - cached)
-            + rate.cached_token * cached
-            + rate.output_token * output_tokens,
-        }
-        found = {name: usd for name, usd in parts.items() if usd}
-        return sum(found.values()), found
+        hardware = rate.hardware * engine_seconds
+        energy = rate.energy * engine_seconds
+        tokens = rate.input_token * (input_tokens - cached) + rate.output_token * output_tokens
+        tokens += rate.cached_token * cached
+        found = {}
+        if hardware:
+            found["hardware"] = hardware
+        if energy:
+            found["energy"] = energy
+        if tokens:
+            found["tokens"] = tokens
+        return hardware + energy + tokens, found
 
     def per_token(self, model: str, tokens_per_engine_second: float) -> float:
         """USD for a token that is generated, when the engine makes that many in a second."""

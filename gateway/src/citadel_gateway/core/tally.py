@@ -28,8 +28,8 @@ class Series:
     """All that is counted for one (model, endpoint, stream): a request looks it up once."""
 
     __slots__ = (
-        "bytes_in", "bytes_out", "cached", "codes", "cost", "duration", "first_token", "input", "output", "queue",
-        "spent",
+        "bytes_in", "bytes_out", "cached", "codes", "cost", "duration", "energy", "first_token", "hardware", "input",
+        "output", "queue", "tokens",
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -43,4 +43,6 @@ class Series:
         self.input = 0
         self.output = 0
         self.cached = 0
-        self.spent: dict[str, float] = {}
+        self.hardware = 0.0  # USD
+        self.energy = 0.0
+        self.tokens = 0.0

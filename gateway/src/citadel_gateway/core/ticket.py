@@ -1,6 +1,6 @@
 """One request, from its complete arrival to its one settlement."""
 
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 from msgspec import Struct
 
@@ -38,13 +38,16 @@ class Line(Struct, gc=False):
     outcome: str
 
 
-class Used(NamedTuple):
+class Used:
     """Tokens of a request. `exact`: said by the engine about the whole request, not counted on the way."""
 
-    input: int = 0
-    output: int = 0
-    cached: int = 0
-    exact: bool = False
+    __slots__ = ("cached", "exact", "input", "output")
+
+    def __init__(self, input: int = 0, output: int = 0, cached: int = 0, exact: bool = False) -> None:  # noqa: A002
+        self.input = input
+        self.output = output
+        self.cached = cached
+        self.exact = exact
 
 
 class Ticket:

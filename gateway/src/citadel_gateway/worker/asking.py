@@ -17,7 +17,7 @@ from citadel_gateway.core.ticket import Ticket
 from citadel_gateway.errors import Refusal
 from citadel_gateway.settings import Limits
 from citadel_gateway.worker.request import Request
-from citadel_gateway.worker.shapes import Hints, Wanted
+from citadel_gateway.worker.shapes import ABSENT, Wanted
 from citadel_gateway.worker.usage import BYTES_PER_TOKEN, Ask, Meter, asked, replaced, with_member, with_options
 
 MOST_TEXT: Final = 128  # characters of a header that is kept (session, tag, use case, language)
@@ -71,6 +71,11 @@ def prompts(prompt: memoryview) -> int:
     return len(members) if several else 1
 
 
+def given(tools: Raw) -> bool:
+    """Whether there are any."""
+    return tools is not ABSENT and bytes(memoryview(tools)[:5]).strip(BLANK) not in NO_TOOLS
+
+
 def text(value: bytes) -> str:
     """A header's value as it may stand in records: short, and without control characters."""
     found = value.decode("latin-1")[:MOST_TEXT]
@@ -81,6 +86,32 @@ def number(value: bytes, form: re.Pattern[bytes], name: str) -> float:
     if form.fullmatch(value) is None:
         raise Refusal(400, "invalid_request", f"{name} must be a number", param=name)
     return float(value)
+
+
+class Hints:
+    """What the headers say about a request for a model, beside its key."""
+
+    __slots__ = ("budget_usd", "language", "resumable", "session", "tag", "timeout", "traceparent", "use_case")
+
+    def __init__(
+        self,
+        session: str = "",
+        use_case: str = "",
+        tag: str = "",
+        language: str = "",
+        traceparent: str = "",
+        budget_usd: float = 0.0,
+        timeout: float = 0.0,
+        resumable: bool = False,
+    ) -> None:
+        self.session = session
+        self.use_case = use_case
+        self.tag = tag
+        self.language = language
+        self.traceparent = traceparent
+        self.budget_usd = budget_usd
+        self.timeout = timeout
+        self.resumable = resumable
 
 
 NO_HINTS: Final = Hints()
@@ -165,7 +196,7 @@ class Asking:
             output_tokens=ticket.output,
             prompt_hash=stable_hash(bytes(prompt[:prefix_bytes])) if prefix_bytes else 0,
             session=ticket.session,
-            tools=bytes(memoryview(wanted.tools)[:5]).strip(BLANK) not in NO_TOOLS,
+            tools=given(wanted.tools),
             stream=self.stream,
             language=hints.language,
             tag=hints.tag,
@@ -179,8 +210,11 @@ class Asking:
         """Tokens that may be generated for each text; -1 when the client names no number."""
         wanted = self.wanted
         most = -1
-        for name in ("max_tokens", "max_completion_tokens", "max_output_tokens"):
-            value = getattr(wanted, name)
+        for name, value in (
+            ("max_tokens", wanted.max_tokens),
+            ("max_completion_tokens", wanted.max_completion_tokens),
+            ("max_output_tokens", wanted.max_output_tokens),
+        ):
             if value is not None:
                 if value > limits.max_tokens:
                     raise Refusal(

@@ -92,10 +92,10 @@ class Exchange:
     # what must be had before it is sent -----------------------------------------------------------------------------
     def begin(self) -> None:
         """As far as it goes without waiting; all the way, as a rule. Raises Refusal when there is no way."""
+        now = self.ticket.started
         if self.asking is None:
-            self.start()
+            self.start(now)
             return
-        now = self.clock()
         found = self.core.reserve(self.ticket, now, self.reserved)
         if found is not None:
             self.core.reserved(self.ticket, found, now)
@@ -112,13 +112,14 @@ class Exchange:
 
     def enter(self, now: float) -> None:
         if self.core.enter(self.ticket, self, now):
-            self.start()
+            self.start(now)
 
     def go(self) -> None:
         """The gatekeeper calls back: there is a slot."""
-        self.core.admitted(self.ticket, self.clock())
+        now = self.clock()
+        self.core.admitted(self.ticket, now)
         try:
-            self.start()
+            self.start(now)
         except Refusal as refusal:
             self.refuse(refusal)
 
@@ -128,20 +129,20 @@ class Exchange:
         self.refuse(refusal)
 
     # towards the backend --------------------------------------------------------------------------------------------
-    def start(self) -> None:
+    def start(self, now: float) -> None:
         """Send the request. Raises Refusal when no backend can take it."""
-        pool = self.next_pool()
+        pool = self.next_pool(now)
         if pool is None:
             return  # waits for a slot of another model
         self.pool = pool
         connection = pool.take()
         if connection is not None:
             self.reused = True
-            self.send(connection, pool)
+            self.send(connection, pool, now)
         else:
             self.connect(pool)
 
-    def next_pool(self) -> Pool | None:
+    def next_pool(self, now: float) -> Pool | None:
         """Of the next backend to try, of whichever model. Raises Refusal when there is none."""
         core, ticket = self.core, self.ticket
         if self.asking is None:
@@ -150,7 +151,6 @@ class Exchange:
                 raise Refusal(503, "control_unavailable", message, retry_after=2, outcome="unavailable")
             ticket.tries = 1
             return self.control
-        now = self.clock()
         while True:
             backend = core.route(ticket, now)
             if backend is not None:
@@ -181,11 +181,11 @@ class Exchange:
         if connection.transport is None or self.pool is None:
             self.not_connected("connect")
         else:
-            self.send(connection, self.pool)
+            self.send(connection, self.pool, self.clock())
 
-    def send(self, connection: Connection, pool: Pool) -> None:
+    def send(self, connection: Connection, pool: Pool, now: float) -> None:
         self.connection = connection
-        now = self.last = self.clock()
+        self.last = now
         self.core.sent(self.ticket, now)
         connection.owner = self
         assert connection.transport is not None
@@ -207,10 +207,11 @@ class Exchange:
         """
         ticket = self.ticket
         self.sse, self.length, self.tail = False, -1, b""
+        now = self.clock()
         try:
-            if instead is not None and not self.core.router.may_retry(self.clock()):
+            if instead is not None and not self.core.router.may_retry(now):
                 raise instead
-            self.start()
+            self.start(now)
             self.core.retried(ticket, "other_backend")
         except Refusal as refusal:
             self.refuse(instead or refusal)
@@ -359,11 +360,11 @@ class Exchange:
         return END if self.length < 0 and self.to.chunks else b""
 
     def finish(self, connection: Connection, *, keep_alive: bool) -> None:
-        """The reply is complete."""
+        """The reply is complete; its last bytes have just come."""
         status = connection.status
         self.release(connection)
         verdict = verdict_of(status)
-        if self.core.settle(self.ticket, self.clock(), status, "ok" if status < 400 else "error", verdict=verdict):
+        if self.core.settle(self.ticket, self.last, status, "ok" if status < 400 else "error", verdict=verdict):
             self.to.exchange_done(keep_alive)
 
     def release(self, connection: Connection) -> None:

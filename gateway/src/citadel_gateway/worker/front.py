@@ -194,7 +194,7 @@ class Front(Replying):
             elif request_ahead is not None and request_ahead.head_done:
                 self.look_ahead(request_ahead)
             break
-        if self.exchange is None or not self.ready:
+        if (self.exchange is None or not self.ready) and self.flow.read_paused:
             self.flow.resume_reading()
 
     def look_ahead(self, request: Request) -> None:
@@ -220,7 +220,7 @@ class Front(Replying):
         self.answered()
         if self.ready or self.request is not None or self.garbage:
             self.pump()
-        else:
+        elif self.flow.read_paused:
             self.flow.resume_reading()
 
     def refuse_connection(self, refusal: Refusal) -> None:

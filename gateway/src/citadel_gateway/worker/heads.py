@@ -26,11 +26,16 @@ class KnownHead:
             return None
         start = len(self.before)
         end = data.find(b"\r", start, start + LONGEST + 1)
-        digits = data[start:end] if end > 0 else b""
-        if not digits.isdigit() or not data.startswith(self.after, end):
+        if end <= start or not data.startswith(self.after, end):
             return None
+        length = 0
+        for place in range(start, end):
+            digit = data[place] - 48
+            if digit < 0 or digit > 9:
+                return None
+            length = 10 * length + digit
         body = end + len(self.after)
-        return data[body:] if len(data) == body + int(digits) else None
+        return data[body:] if len(data) == body + length else None
 
 
 def known_head(data: bytes, size: int) -> KnownHead | None:

@@ -1,6 +1,8 @@
-"""What is decoded of bodies, and what is kept of headers."""
+"""What is decoded of bodies."""
 
 from msgspec import Raw, Struct
+
+ABSENT = Raw()
 
 
 class Wanted(Struct, gc=False):
@@ -14,24 +16,11 @@ class Wanted(Struct, gc=False):
     max_completion_tokens: int | None = None
     max_output_tokens: int | None = None
     user: str | None = None
-    stream_options: Raw = Raw()
-    tools: Raw = Raw()
-    messages: Raw = Raw()
-    prompt: Raw = Raw()
-    input: Raw = Raw()
-
-
-class Hints(Struct, frozen=True, gc=False):
-    """What the headers say about a request for a model, beside its key."""
-
-    session: str = ""
-    use_case: str = ""
-    tag: str = ""
-    language: str = ""
-    traceparent: str = ""
-    budget_usd: float = 0.0
-    timeout: float = 0.0
-    resumable: bool = False
+    stream_options: Raw = ABSENT
+    tools: Raw = ABSENT
+    messages: Raw = ABSENT
+    prompt: Raw = ABSENT
+    input: Raw = ABSENT
 
 
 class Options(Struct):
