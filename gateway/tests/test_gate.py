@@ -8,6 +8,7 @@ import pytest
 import uvicorn
 from citadel_gateway import snapshot
 from citadel_gateway.control.app import make_app
+from citadel_gateway.keys import new_key
 
 from gateway.tests import fake_engine
 from gateway.tests.client import ADMIN, ask, chat, connect, get, head_of, post, until
@@ -42,8 +43,9 @@ async def test_a_key_is_needed(gateway: Running, engine: FakeEngine, authorizati
     assert not engine.seen
 
 
-async def test_a_key_in_the_url_is_refused(gateway: Running) -> None:
-    reply = await ask(gateway.port, chat(path="/v1/chat/completions?api_key=sk-test", key=""))
+@pytest.mark.parametrize("path", ["/v1/chat/completions?api_key=sk-test", f"/v1/models/{new_key()}"])
+async def test_a_key_in_the_url_is_refused(gateway: Running, path: str) -> None:
+    reply = await ask(gateway.port, chat(path=path, key=""))
     assert (reply.status, reply.error()) == (400, "key_in_url")
 
 

@@ -165,7 +165,7 @@ class Gate:
             raise Refusal(400, "bad_request", "HTTP/1.0 has no Transfer-Encoding", close=True)
         if request.expect and request.expect.lower() != b"100-continue":
             raise Refusal(417, "expectation_failed", "The only expectation that is met is 100-continue")
-        if request.query and key_in_url(request.target):
+        if (request.query or request.path not in MODEL_PATHS) and key_in_url(request.target):
             raise Refusal(400, "key_in_url", "A key in the URL ends up in logs: send it as Authorization: Bearer KEY")
 
     # the complete request -------------------------------------------------------------------------------------------
