@@ -11,7 +11,7 @@ STAMP = .venv/.complete-$(shell cat requirements.txt files/requirements/installe
 
 # What the controller of a lab needs, as Debian packages.
 TOOLS := ca-certificates chromium chromium-driver curl debian-archive-keyring iproute2 mmdebstrap openssh-client python3-venv systemd-container util-linux
-PYTHON_FILES := gateway bench bench/gateway/run lab plugins tests tools molecule roles/vllm/files/citadel-engine roles/vllm/files/citadel-fetch lab/lab
+PYTHON_FILES := gateway bench bench/gateway/run bench/gateway/saturate lab plugins tests tools molecule roles/vllm/files/citadel-engine roles/vllm/files/citadel-fetch lab/lab
 
 .PHONY: help tools venv lab down test check lint types unit molecule e2e scenarios validate docs lock bench soak
 
@@ -84,6 +84,8 @@ lock: venv ## resolve and lock all requirements anew
 bench: venv ## gateways side by side (bench/gateway); on a lab that is up also a site.yml with nothing to change, by role and task
 	@tools/servers
 	bench/gateway/run --install
+	bench/gateway/run --scrape
+	! test -e /run/citadel-lab || bench/gateway/saturate
 	! test -e /run/citadel-lab || $(BIN)/python tools/profile_play.py --budget 120 lab/lab play playbooks/site.yml
 
 soak: venv ## ten million events through one worker of the gateway: its memory must stay flat
