@@ -12,7 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 from bench.gateway import citadel  # noqa: E402  # found by the line above
-from bench.gateway.product import compiled, product_python  # noqa: E402
+from bench.gateway.product import compiled, product_python  # noqa: E402  # likewise
 
 port, engine = map(int, sys.argv[1:3])
 config = citadel.write(Path(tempfile.mkdtemp(prefix="citadel-entry-")), port, [engine], os.environ["REDIS_URL"])

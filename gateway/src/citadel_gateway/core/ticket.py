@@ -43,7 +43,7 @@ class Used:
 
     __slots__ = ("cached", "exact", "input", "output")
 
-    def __init__(self, input: int = 0, output: int = 0, cached: int = 0, exact: bool = False) -> None:  # noqa: A002
+    def __init__(self, input: int = 0, output: int = 0, cached: int = 0, exact: bool = False) -> None:  # noqa: A002  # the word for it
         self.input = input
         self.output = output
         self.cached = cached
