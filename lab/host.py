@@ -307,7 +307,7 @@ def down(name: str, keep: Path | None = None) -> None:
         _remove_cgroups(state.cgroups)
         for device in state.loops:
             subprocess.run(["losetup", "-d", device], capture_output=True, check=False)
-        (STATES / f"{name}.json").unlink()
+        (STATES / f"{name}.json").unlink(missing_ok=True)
     folder = HOSTS_DIR / name
     if folder.exists():
         if keep:
