@@ -11,7 +11,7 @@ STAMP = .venv/.complete-$(shell cat requirements.txt files/requirements/installe
 
 # What the controller of a lab needs, as Debian packages.
 TOOLS := ca-certificates chromium chromium-driver curl debian-archive-keyring iproute2 mmdebstrap openssh-client python3-venv systemd-container util-linux
-PYTHON_FILES := gateway predictor bench bench/gateway/run bench/gateway/saturate lab plugins tests tools molecule roles/vllm/files/citadel-engine roles/vllm/files/citadel-fetch lab/lab
+PYTHON_FILES := gateway predictor bench bench/gateway/run bench/gateway/saturate bench/predictor/run lab plugins tests tools molecule roles/vllm/files/citadel-engine roles/vllm/files/citadel-fetch lab/lab
 
 .PHONY: help tools venv lab down test check lint types unit molecule e2e scenarios validate docs lock bench soak
 
