@@ -174,10 +174,28 @@ async def test_a_busy_engine_is_known_by_its_counters(pages: FakePages) -> None:
     assert backend.last == 0.0  # its silence is not forgotten
 
 
-async def test_an_engine_that_sends_to_others_is_well(pages: FakePages) -> None:
-    backend = backend_of(pages.port)
+@pytest.mark.parametrize("doubted", [True, False])
+async def test_an_engine_that_sends_to_others_is_well(pages: FakePages, doubted: bool) -> None:
+    backend = backend_of(pages.port, doubted=doubted)
     backend.last = 100.5
     assert (await ask(backend)).verdict == "up"
+
+
+async def test_who_did_not_answer_has_longer_the_next_time(pages: FakePages, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = []
+
+    async def probe(host: str, port: int, key: str, patience: float, *_: str, **__: bool) -> str:
+        given.append(patience)
+        return "silent"
+
+    monkeypatch.setattr(module, "probe", probe)
+    backend = backend_of(pages.port, doubted=False)
+    health = backend.health
+    await ask(backend, 2.0)
+    for _ in range(2):
+        health.begin(health.due)
+        await ask(backend, 2.0)
+    assert (given, health.up) == ([2.0, 4.0, 6.0], False)
 
 
 async def test_a_slow_engine_has_longer_to_answer(pages: FakePages, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -113,10 +113,11 @@ async def examine(
     asking = Asking(backend.host, backend.port, peer_key if peer else engine_key, "x-citadel-peer: 1\r\n" * peer)
     if health.must_generate():
         found = await generate(asking, backend, min(max(patience, SLOWER * backend.first.value), LONGEST))
-        if found.verdict == "silent" and backend.last > began:
-            found.verdict = "up"  # it sends to others
     else:
-        found = Examined(await of_itself(asking, backend, patience))
+        # longer each time: a machine that has too much to do answers late, and is not to lose its engine for that
+        found = Examined(await of_itself(asking, backend, patience * (1 + health.silent)))
+    if found.verdict == "silent" and backend.last > began:
+        found.verdict = "up"  # it sends to others
     now = clock()
     found.seconds = now - began
     if found.verdict == "up":
