@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from bench.predictor import nab
+
 RUN = Path(__file__).resolve().parents[2] / "bench" / "predictor" / "run"
 
 
@@ -45,8 +47,53 @@ def test_a_test_part_is_used(folder: Path) -> None:
 
 
 def test_what_is_no_such_folder(folder: Path, tmp_path: Path) -> None:
-    assert "has no train.csv" in run(tmp_path / "nothing").stderr
+    assert "has no train.csv and no windows.json" in run(tmp_path / "nothing").stderr
     (folder / "train.csv").write_text("V1,V2\nH1,1,zwei\n")
     ended = run(folder)
     assert ended.returncode == 1
     assert "train.csv line 2: could not convert" in ended.stderr
+
+
+def labelled(size: int = 1000) -> nab.Labelled:
+    return nab.Labelled("x", np.arange(0.0, 300.0 * size, 300.0), np.zeros(size), [(400, 449), (700, 749)])
+
+
+def test_nabs_score_of_who_is_perfect_and_who_says_nothing() -> None:
+    series = labelled()
+    scores = np.zeros(1000)
+    for profile in nab.PROFILES:
+        assert nab.normalised([(scores, series)], 1.0, profile) == 0
+    scores[[400, 700]] = 1
+    for profile in nab.PROFILES:
+        assert nab.normalised([(scores, series)], 1.0, profile) == pytest.approx(100)
+        assert nab.best([(scores, series)], profile)[0] == pytest.approx(100)
+
+
+def test_nabs_score_of_the_late_and_of_the_wrong() -> None:
+    series, standard = labelled(), nab.PROFILES[0]
+    late = np.zeros(1000)
+    late[[425, 449]] = 1
+    middle = (2 / (1 + np.exp(-5 * 25 / 50)) - 1) / (2 / (1 + np.exp(-5)) - 1)
+    assert nab.normalised([(late, series)], 1.0, standard) == pytest.approx(100 * (middle + 1) / 4)
+    wrong = np.zeros(1000)
+    wrong[[10, 200, 900]] = 1  # on probation, before any window, far behind one
+    assert nab.normalised([(wrong, series)], 1.0, standard) == pytest.approx(-100 * 0.11 * 2 / 4)
+    assert nab.events([(wrong, series)], 1.0)["recall"] == 0
+
+
+def test_a_folder_of_nab(tmp_path: Path) -> None:
+    (tmp_path / "some").mkdir()
+    steps = np.arange(600)
+    values = 50 + np.random.default_rng(3).normal(0, 1, steps.size)
+    values[400:420] += 40
+    lines = [f"2026-01-{1 + at // 288:02} {at % 288 // 12:02}:{at % 12 * 5:02}:00,{values[at]:.3f}" for at in steps]
+    (tmp_path / "some" / "one.csv").write_text("timestamp,value\n" + "\n".join(lines) + "\n")
+    span = ["2026-01-02 09:00:00.000000", "2026-01-02 12:00:00.000000"]
+    (tmp_path / "windows.json").write_text(json.dumps({"some/one.csv": [span]}))
+    ended = run(tmp_path, "--json", "--jobs", "1")
+    assert ended.returncode == 0, ended.stderr
+    rows = {row["row"]: row for row in json.loads(ended.stdout)}
+    assert rows["citadel"]["nab_standard"] > 80
+    assert rows["citadel"]["recall"] == 1
+    (tmp_path / "some" / "one.csv").write_text("timestamp,value\nyesterday,1\n")
+    assert "some/one.csv line 2" in run(tmp_path).stderr
