@@ -1,8 +1,8 @@
 """Forecasts: several methods, judged on what they have not seen, and never one that loses to the seasonal naive."""
 
 from .base import Fitted, FloatArray, Forecaster, filled
-from .choose import COMBINED, DEFAULT, METHODS, NAIVE, Choice, choose
-from .exhaustion import Exhaustion, exhaustion
+from .choose import COMBINED, DEFAULT, METHODS, NAIVE, Choice, choose, refreshed
+from .exhaustion import Exhaustion, exhaustion, reached
 
 __all__ = [
     "COMBINED",
@@ -17,4 +17,6 @@ __all__ = [
     "choose",
     "exhaustion",
     "filled",
+    "reached",
+    "refreshed",
 ]

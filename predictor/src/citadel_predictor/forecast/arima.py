@@ -4,7 +4,6 @@ import warnings
 from dataclasses import dataclass
 
 import numpy as np
-from statsmodels.tsa.arima.model import ARIMA
 
 from .base import FloatArray
 
@@ -36,6 +35,8 @@ class Arima:
     def fit(self, values: FloatArray, season: int) -> Seasonal:
         if values.size < self.least(season):
             raise ValueError(f"{values.size} values are fewer than {self.least(season)}")
+        from statsmodels.tsa.arima.model import ARIMA  # 80 MB and seconds, which only those pay who ask for it
+
         count = min(values.size, LONGEST) // season
         recent = values[-count * season :]
         cycle = recent.reshape(count, season).mean(axis=0)

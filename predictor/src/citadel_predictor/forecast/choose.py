@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from statistics import NormalDist
 from typing import Any
 
@@ -12,12 +12,13 @@ from threadpoolctl import ThreadpoolController
 from .arima import Arima
 from .base import FloatArray, Forecaster, filled
 from .linear import Linear
+from .lstm import Lstm
 from .naive import Profile, Repeated, SeasonalNaive
 from .ridge import VARIANTS
 
 NAIVE = SeasonalNaive()
 DEFAULT: tuple[Forecaster, ...] = (*VARIANTS, SeasonalNaive("naive-week", 7), Profile(), Linear())
-METHODS: dict[str, Forecaster] = {each.name: each for each in (NAIVE, *DEFAULT, Arima())}
+METHODS: dict[str, Forecaster] = {each.name: each for each in (NAIVE, *DEFAULT, Arima(), Lstm())}
 COMBINED = "combined"
 ORIGINS = (0, 1, 2, 4, 7)  # seasons between the last origin and each of those that are held out
 SHARPNESS = 4  # weight = error^-SHARPNESS; measured, bench/predictor/README.md
@@ -196,6 +197,34 @@ def choose(
         fit_seconds=time.perf_counter() - began,
         reasons=reasons,
     )
+
+
+def refreshed(choice: Choice, values: FloatArray, season: int, horizon: int) -> Choice:
+    """The same choice for a series that has grown: what was chosen is fitted anew, what was measured of it stays.
+
+    A sixth of choose()'s work, because nothing is held out. Raises ValueError if the method cannot be had any more, or
+    if the choice was made without a holdout: then choose() again.
+    """
+    if choice.method not in choice.mase:
+        raise ValueError(f"{choice.method} was not judged on a holdout")
+    series, reasons = filled(values, season)
+    names = [name for name in choice.mase if name != COMBINED] if choice.method == COMBINED else [choice.method]
+    ahead = {}
+    with THREADS.limit(limits=1, user_api="blas"):
+        for name in names:
+            try:
+                ahead[name] = attempt(METHODS[name], series, season, horizon)
+            except (KeyError, ValueError) as error:
+                reasons.append(f"{name}: {error}")
+    if not ahead:
+        raise ValueError(f"{choice.method} cannot be fitted anew: {'; '.join(reasons)}")
+    middle = combine(ahead, {name: choice.mase[name] for name in ahead})
+    widths = {}
+    for level in (at for at in choice.quantiles if at > 0.5):
+        each = choice.quantiles[level] - choice.forecast
+        widths[2 * level - 1] = np.pad(each[:horizon], (0, max(0, horizon - each.size)), mode="edge")
+    floor = 0.0 if series.min() >= 0 else -np.inf
+    return replace(choice, forecast=middle, quantiles=bands(middle, widths, floor), reasons=reasons)
 
 
 def _attempts(

@@ -31,7 +31,15 @@ def crossing(path: FloatArray, now: float, limit: float) -> float:
     return day + (limit - before) / (float(path[day]) - before)
 
 
-def exhaustion(daily: FloatArray, limit: float, *, days: int = 30) -> Exhaustion:
+def reached(choice: Choice, now: float, limit: float, *, below: bool = False) -> dict[float, float]:
+    """Days until it reaches ``limit``, by probability; ``below``: it comes down to it. ``now``: the last value."""
+    sign = -1 if below else 1
+    early, late = (0.1, 0.9) if below else (0.9, 0.1)
+    ends = {0.1: choice.quantiles[early], 0.5: choice.quantiles[0.5], 0.9: choice.quantiles[late]}
+    return {level: crossing(sign * path, sign * now, sign * limit) for level, path in ends.items()}
+
+
+def exhaustion(daily: FloatArray, limit: float, *, days: int = 30, below: bool = False) -> Exhaustion:
     """When daily values of shape (n,), NaN where missing, reach ``limit``, looking ``days`` ahead.
 
     Raises ValueError if there are fewer than 21 days of them.
@@ -40,6 +48,4 @@ def exhaustion(daily: FloatArray, limit: float, *, days: int = 30) -> Exhaustion
     if known.size < LEAST_DAYS:
         raise ValueError(f"{known.size} days of history are fewer than {LEAST_DAYS}")
     choice = choose(daily, WEEK, days)
-    now = float(known[-1])
-    paths = {0.1: choice.quantiles[0.9], 0.5: choice.quantiles[0.5], 0.9: choice.quantiles[0.1]}  # early is high
-    return Exhaustion({level: crossing(path, now, limit) for level, path in paths.items()}, choice)
+    return Exhaustion(reached(choice, float(known[-1]), limit, below=below), choice)

@@ -1,0 +1,7 @@
+"""`python -m citadel_predictor`."""
+
+import sys
+
+from citadel_predictor.cli.main import main
+
+sys.exit(main())

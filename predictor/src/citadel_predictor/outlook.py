@@ -1,0 +1,118 @@
+"""What is foretold of one series: which questions there are, and how each is answered between two trainings."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from .forecast import DEFAULT, METHODS, NAIVE, Choice, FloatArray, Forecaster, choose, reached, refreshed
+from .forecast.exhaustion import LEAST_DAYS, WEEK
+from .settings import DAY, HORIZONS, LONG, Target
+from .track import Track
+
+HELD = 6  # steps that are held out at least: of one alone the error is chance
+MOST_LAG = 24  # steps without a value, after which nothing is foretold
+LONGEST = 1344  # values of a fit, or eight seasons where those are more: what is older has little to say
+QUANTILES = (0.1, 0.5, 0.9)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One forecast that answers for several horizons: by name how many steps ahead each is."""
+
+    daily: bool
+    steps: int
+    horizons: dict[str, int] = field(hash=False, compare=False)
+
+    @property
+    def name(self) -> str:
+        return f"{'day' if self.daily else 'step'}:{self.steps}"
+
+
+def plans(target: Target) -> list[Plan]:
+    """Horizons of few steps share one; each of the others is judged over its own length."""
+    found: dict[tuple[bool, int], dict[str, int]] = {}
+    for name in target.horizons:
+        daily = name in LONG
+        ahead = HORIZONS[name] // (DAY if daily else target.step)
+        found.setdefault((daily, max(ahead, HELD)), {})[name] = ahead
+    return [Plan(daily, steps, horizons) for (daily, steps), horizons in found.items()]
+
+
+def chosen_methods(names: Sequence[str]) -> tuple[Forecaster, ...]:
+    """Those of the settings; the seasonal naive is with them anyway."""
+    return tuple(METHODS[name] for name in names if name != NAIVE.name) if names else DEFAULT
+
+
+@dataclass
+class Answer:
+    """``points``: quantiles by horizon. ``reasons``: words of a closed set, for metrics; ``said``: in full."""
+
+    choice: Choice | None = None
+    trained: bool = False
+    points: dict[str, dict[float, float]] = field(default_factory=dict)
+    curve: dict[float, FloatArray] = field(default_factory=dict)
+    reasons: set[str] = field(default_factory=set)
+    said: list[str] = field(default_factory=list)
+
+
+def answer(
+    plan: Plan, target: Target, track: Track, now: float, methods: Sequence[Forecaster], before: Choice | None
+) -> Answer:
+    """Forecast a track of the plan's own step. ``before``: what was chosen at the last training, None: train."""
+    found = Answer()
+    newest = track.last()
+    if newest is None:
+        found.reasons.add("short_history" if plan.daily else "no_history")  # of a day that is not over there is some
+        return found
+    lag = max(0, int((now - track.end) // track.step)) + (track.end - newest[0]) // track.step
+    if lag > MOST_LAG:
+        found.reasons.add("stale")
+        found.said.append(f"{plan.name}: the last value is {lag} steps old")
+        return found
+    if plan.daily and track.known_days() < LEAST_DAYS:
+        found.reasons.add("short_history")
+        found.said.append(
+            f"{track.known_days():.0f} days of history are fewer than the {LEAST_DAYS} that days ahead need"
+        )
+        return found
+    season = WEEK if plan.daily else target.season // target.step
+    values = track.values[-max(LONGEST, 8 * season) :]
+    found.choice, found.trained = fitted(values, season, plan.steps + lag, methods, before)
+    found.points = {
+        name: {level: float(path[lag + ahead - 1]) for level, path in found.choice.quantiles.items()}
+        for name, ahead in plan.horizons.items()
+    }
+    found.curve = {level: path[lag:] for level, path in found.choice.quantiles.items()}
+    found.said += [f"{plan.name}: {reason}" for reason in found.choice.reasons]
+    known = np.isfinite(values[np.flatnonzero(np.isfinite(values))[0] :])
+    if not known.all():
+        found.reasons.add("gaps")
+    if found.choice.method == "constant":
+        found.reasons.add("constant")
+    elif not found.choice.mase:
+        found.reasons.add("short_history")
+    return found
+
+
+def fitted(
+    values: FloatArray, season: int, horizon: int, methods: Sequence[Forecaster], before: Choice | None
+) -> tuple[Choice, bool]:
+    """A choice, and whether methods were judged anew for it."""
+    if before is not None:
+        try:
+            return refreshed(before, values, season, horizon), False
+        except ValueError:
+            pass  # it was made of too little, or its method cannot be had any more
+    choice = choose(values, season, horizon, methods=methods)
+    return choice, bool(choice.mase)
+
+
+def until(choice: Choice, days: Track, target: Target, limit: float, now: float) -> dict[float, float]:
+    """Seconds until the limit is reached, by probability; infinite for not within the forecast."""
+    newest = days.last()
+    if newest is None:
+        return {}
+    at, value = newest
+    found = reached(choice, value, limit, below=target.direction == "below")
+    return {level: max(0.0, each * DAY - (now - at)) for level, each in found.items()}
