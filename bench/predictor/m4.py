@@ -3,6 +3,7 @@
 import csv
 import resource
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ from pathlib import Path
 import numpy as np
 from citadel_predictor.forecast import NAIVE, FloatArray, choose
 from citadel_predictor.forecast.choose import scale
+
+from . import peers
 
 SEASON = 24
 HORIZON = 48
@@ -74,38 +77,91 @@ METHODS: dict[str, Callable[[FloatArray, int], tuple[FloatArray, FloatArray, Flo
 }
 
 
-def measure(job: tuple[str, Series]) -> tuple[float, float, float, float, float]:
-    """MASE, sMAPE in per cent, coverage, CPU milliseconds and peak megabytes of one series."""
-    method, series = job
-    began = time.process_time()
-    ahead, low, high = METHODS[method](series.before, series.after.size)
-    spent = (time.process_time() - began) * 1000
+@dataclass(frozen=True)
+class Figures:
+    """Of one series: MASE, sMAPE in per cent, coverage (NaN: no interval), CPU milliseconds, peak MB of the process."""
+
+    mase: float
+    smape: float
+    coverage: float
+    ms: float
+    mb: float
+
+
+def judge(series: Series, ahead: FloatArray, low: FloatArray, high: FloatArray, ms: float, mb: float) -> Figures:
     miss = np.abs(series.after - ahead)
     size = np.abs(series.after) + np.abs(ahead)
     smape = 200 * float(np.mean(np.divide(miss, size, out=np.zeros_like(miss), where=size > 0)))
     held = float(np.mean((low <= series.after) & (series.after <= high))) if np.isfinite(low).all() else float("nan")
+    return Figures(float(miss.mean()) / scale(series.before, SEASON), smape, held, ms, mb)
+
+
+def measure(job: tuple[str, Series]) -> Figures:
+    """Of one of METHODS."""
+    method, series = job
+    began = time.process_time()
+    ahead, low, high = METHODS[method](series.before, series.after.size)
+    spent = (time.process_time() - began) * 1000
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return float(miss.mean()) / scale(series.before, SEASON), smape, held, spent, peak
+    return judge(series, ahead, low, high, spent, peak)
+
+
+def needed(job: tuple[str, Series]) -> float:
+    """Megabytes that one of METHODS has at once while it forecasts."""
+    method, series = job
+    tracemalloc.start()
+    try:
+        METHODS[method](series.before, series.after.size)
+        return tracemalloc.get_traced_memory()[1] / 1e6
+    finally:
+        tracemalloc.stop()
+
+
+def summary(row: str, figures: list[Figures], megabytes: float | None) -> dict[str, object]:
+    covered = [one.coverage for one in figures if not np.isnan(one.coverage)]
+    return {
+        "row": row,
+        "mase": round(float(np.mean([one.mase for one in figures])), 3),
+        "smape": round(float(np.mean([one.smape for one in figures])), 3),
+        "coverage": round(float(np.mean(covered)), 3) if covered else None,
+        "ms_per_series": round(float(np.mean([one.ms for one in figures])), 1),
+        "mb_per_series": None if megabytes is None else round(megabytes, 2),
+        "mb_of_process": round(max(one.mb for one in figures), 1),
+        "series": len(figures),
+    }
+
+
+def others(
+    everything: list[Series], own: list[Figures], jobs: int, tell: Callable[[str], None]
+) -> Iterator[dict[str, object]]:
+    """A row for each peer, on a sample of the series where it is slow, with the product's error on the same series."""
+    if not peers.installed():
+        tell(f"{' and '.join(peers.PEERS)} are left out: statsforecast is not installed. {peers.INSTALL} does it")
+        return
+    for method, every in peers.PEERS.items():
+        sample = everything[::every]
+        tell(f"{method}: {len(sample)} series")
+        horizon = max(one.after.size for one in sample)
+        found = peers.forecast(method, [one.before for one in sample], SEASON, horizon, jobs)
+        figures = []
+        for one, said in zip(sample, found, strict=True):
+            paths = [np.array(said[name])[: one.after.size] for name in ("mean", "low", "high")]
+            figures.append(judge(one, paths[0], paths[1], paths[2], said["ms"], said["mb"]))
+        name = f"{method} (statsforecast)" + (f", every {every}th series" if every > 1 else "")
+        there = round(float(np.mean([one.mase for one in own[::every]])), 3)
+        yield summary(name, figures, None) | {"citadel_mase_there": there}
 
 
 def score(folder: Path, jobs: int, tell: Callable[[str], None]) -> list[dict[str, object]]:
     """A row of figures for each method, then those that were published."""
     everything = load(folder)
     rows: list[dict[str, object]] = []
-    with ProcessPoolExecutor(jobs) as pool:
-        for method in METHODS:
-            tell(f"{method}: {len(everything)} series")
-            figures = np.array(list(pool.map(measure, [(method, one) for one in everything], chunksize=8)))
-            mase, smape, coverage, spent, _ = figures.mean(axis=0)
-            rows.append(
-                {
-                    "row": method,
-                    "mase": round(mase, 3),
-                    "smape": round(smape, 3),
-                    "coverage": None if np.isnan(coverage) else round(coverage, 3),
-                    "ms_per_series": round(spent, 1),
-                    "mb_of_process": round(float(figures[:, 4].max()), 1),
-                    "series": len(everything),
-                }
-            )
-    return [*rows, *PUBLISHED]
+    own: list[Figures] = []
+    for method in METHODS:
+        tell(f"{method}: {len(everything)} series")
+        with ProcessPoolExecutor(jobs) as pool:  # of its own, for the peak of memory to be its own
+            found = list(pool.map(measure, [(method, one) for one in everything], chunksize=8))
+            longest = max(everything, key=lambda one: one.before.size)
+            rows.append(summary(method, found, pool.submit(needed, (method, longest)).result()))
+        own = own or found
+    return [*rows, *others(everything, own, jobs, tell), *PUBLISHED]

@@ -4,25 +4,30 @@ The score is NAB's (Lavin and Ahmad, 2015): a detection in a window earns the mo
 the more the farther it is behind a window, a window without one costs; 0 is to say nothing, 100 to be perfect.
 """
 
+import copy
 import csv
 import json
 import math
 import resource
 import time
+import tracemalloc
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from citadel_predictor.anomaly import build
+from citadel_predictor.anomaly import Detector, build
 from citadel_predictor.forecast import FloatArray
 from numpy.typing import NDArray
 
 PROBATION, PROBATION_MOST = 0.15, 5000
 STEPS = 400  # thresholds that are tried
 DAY = 86400.0
+FAR = 3.0  # widths behind a window a false alarm costs all that it can
+WINDOW, STEP = 6400, 100  # of NAB's windowed Gaussian
 # The row citadel is what the predictor uses; the windowed Gaussian is NAB's own baseline, built anew.
 ROWS = {
     "citadel": "ensemble",
@@ -68,6 +73,21 @@ class Labelled:
         """How many values at the beginning nobody is judged by."""
         return int(PROBATION * min(self.values.size, PROBATION_MOST))
 
+    @cached_property
+    def worth(self) -> tuple[FloatArray, NDArray[np.int64]]:
+        """What a detection at each index earns (in a window) or costs (a share of a false alarm); its window, or -1."""
+        size = self.values.size
+        gain, inside = np.full(size, -1.0), np.full(size, -1)
+        for number, (first, last) in enumerate(self.windows):
+            until = self.windows[number + 1][0] if number + 1 < len(self.windows) else size
+            behind = (np.arange(last + 1, until) - last) / max(1, last - first)
+            gain[last + 1 : until] = np.where(behind > FAR, -1.0, sigmoid(np.minimum(behind, FAR)))
+        for number, (first, last) in enumerate(self.windows):
+            span = np.arange(first, last + 1)
+            gain[first : last + 1] = sigmoid(-(last - span + 1) / (last - first + 1)) / sigmoid(np.array([-1.0]))[0]
+            inside[first : last + 1] = number
+        return gain, inside
+
 
 def load(folder: Path) -> list[Labelled]:
     """Every series that windows.json names. Raises ValueError that names file and line of what is wrong."""
@@ -96,26 +116,9 @@ def sigmoid(position: FloatArray) -> FloatArray:
     return np.asarray(2 / (1 + np.exp(5 * position)) - 1, dtype=np.float64)
 
 
-def worth(series: Labelled) -> tuple[FloatArray, NDArray[np.int64]]:
-    """What a detection at each index earns (in a window) or costs (a share of a false alarm); its window, or -1."""
-    size = series.values.size
-    gain, inside = np.full(size, -1.0), np.full(size, -1)
-    for number, (first, last) in enumerate(series.windows):
-        until = series.windows[number + 1][0] if number + 1 < len(series.windows) else size
-        width = max(1, last - first)
-        after = np.arange(last + 1, until)
-        gain[last + 1 : until] = sigmoid(np.minimum((after - last) / width, 3.0))
-        gain[last + 1 : until][(after - last) / width > 3.0] = -1.0
-    for number, (first, last) in enumerate(series.windows):
-        span = np.arange(first, last + 1)
-        gain[first : last + 1] = sigmoid(-(last - span + 1) / (last - first + 1)) / sigmoid(np.array([-1.0]))[0]
-        inside[first : last + 1] = number
-    return gain, inside
-
-
 def raw(scores: FloatArray, series: Labelled, threshold: float, profile: Profile) -> float:
     """NAB's sum for one series: detections are scores of ``threshold`` or more."""
-    gain, inside = worth(series)
+    gain, inside = series.worth
     detected = scores >= threshold
     detected[: series.probation] = False
     total = profile.alarm * float(gain[detected & (inside < 0)].sum())
@@ -141,25 +144,51 @@ def best(scored: list[tuple[FloatArray, Labelled]], profile: Profile) -> tuple[f
 
 
 def gaussian(values: FloatArray) -> FloatArray:
-    """NAB's baseline: how improbable a value is in a normal distribution of the last 6,400."""
+    """NAB's baseline: how improbable a value is in a normal distribution of a window that moves on in steps."""
     scores = np.zeros(values.size)
-    for at in range(1, values.size):
-        past = values[max(0, at - 6400) : at]
-        spread = float(past.std()) or 1e-6
-        scores[at] = 1 - 0.5 * math.erfc(abs(values[at] - past.mean()) / spread / math.sqrt(2))
+    mean, spread = 0.0, 1.0
+    for at, value in enumerate(values):
+        if at:
+            scores[at] = 1 - 0.5 * math.erfc(abs(value - mean) / spread / math.sqrt(2))
+        if at < WINDOW or (at + 1 - WINDOW) % STEP == 0:
+            window = values[max(0, at + 1 - WINDOW) : at + 1]
+            mean, spread = float(window.mean()), float(window.std()) or 1e-6
     return scores
 
 
-def detect(job: tuple[str, Labelled]) -> tuple[FloatArray, float, float]:
-    """Scores of one series, CPU milliseconds and peak megabytes."""
+@dataclass(frozen=True)
+class Found:
+    """Scores of one series, CPU milliseconds, megabytes that the detector holds in the end, peak MB of the process."""
+
+    scores: FloatArray
+    ms: float
+    held: float | None
+    peak: float
+
+
+def detect(job: tuple[str, Labelled]) -> Found:
     name, series = job
+    detector = build(name) if name else None
     began = time.process_time()
-    if name:
-        detector = build(name)
+    if detector:
         scores = np.array([detector.update(float(value)) for value in series.values])
     else:
         scores = gaussian(series.values)
-    return scores, (time.process_time() - began) * 1000, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    spent = (time.process_time() - began) * 1000
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return Found(scores, spent, held(detector) if detector else None, peak)
+
+
+def held(detector: Detector) -> float:
+    """Megabytes of what a detector keeps: those that a copy of it takes."""
+    tracemalloc.start()
+    try:
+        copied = copy.deepcopy(detector)
+        size = tracemalloc.get_traced_memory()[0] / 1e6
+        del copied
+        return size
+    finally:
+        tracemalloc.stop()
 
 
 def events(scored: list[tuple[FloatArray, Labelled]], threshold: float) -> dict[str, object]:
@@ -187,7 +216,7 @@ def events(scored: list[tuple[FloatArray, Labelled]], threshold: float) -> dict[
         "recall": round(recall, 3),
         "f1": round(2 * precision * recall / (precision + recall), 3) if precision + recall else 0.0,
         "delay_s": round(float(np.median(delays))) if delays else None,
-        "false_per_day": round(alarms / days, 3),
+        "false_per_day": round(float(alarms / days), 3),
     }
 
 
@@ -195,23 +224,24 @@ def score(folder: Path, jobs: int, tell: Callable[[str], None]) -> list[dict[str
     """A row of figures for each detector, then those that were published."""
     everything = load(folder)
     rows: list[dict[str, object]] = []
-    with ProcessPoolExecutor(jobs) as pool:
-        for row, name in ROWS.items():
-            tell(f"{row}: {len(everything)} series")
+    for row, name in ROWS.items():
+        tell(f"{row}: {len(everything)} series")
+        with ProcessPoolExecutor(jobs) as pool:  # of its own, for the peak of memory to be its own
             found = list(pool.map(detect, [(name, one) for one in everything]))
-            scored = [(scores, series) for (scores, _, _), series in zip(found, everything, strict=True)]
-            figures: dict[str, object] = {"row": row}
-            for profile in PROFILES:
-                figures[profile.name] = round(best(scored, profile)[0], 1)
-            threshold = best(scored, PROFILES[0])[1] if not name else 1.0
-            figures["at_1.0"] = round(normalised(scored, 1.0, PROFILES[0]), 1) if name else None
-            rows.append(
-                figures
-                | events(scored, threshold)
-                | {
-                    "ms_per_series": round(float(np.mean([spent for _, spent, _ in found])), 1),
-                    "mb_of_process": round(max(peak for _, _, peak in found), 1),
-                    "series": len(everything),
-                }
-            )
+        scored = [(one.scores, series) for one, series in zip(found, everything, strict=True)]
+        figures: dict[str, object] = {"row": row}
+        for profile in PROFILES:
+            figures[profile.name] = round(best(scored, profile)[0], 1)
+        threshold = best(scored, PROFILES[0])[1] if not name else 1.0
+        figures["at_1.0"] = round(normalised(scored, 1.0, PROFILES[0]), 1) if name else None
+        rows.append(
+            figures
+            | events(scored, threshold)
+            | {
+                "ms_per_series": round(float(np.mean([one.ms for one in found])), 1),
+                "mb_per_series": round(max(one.held or 0.0 for one in found), 2) if name else None,
+                "mb_of_process": round(max(one.peak for one in found), 1),
+                "series": len(everything),
+            }
+        )
     return [*rows, *PUBLISHED]

@@ -1,13 +1,15 @@
 """The benchmark of forecasts, on a folder of its own."""
 
 import json
+import os
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from bench.predictor import nab
+from bench.predictor import capacity, faults, nab, peers
 
 RUN = Path(__file__).resolve().parents[2] / "bench" / "predictor" / "run"
 
@@ -18,7 +20,9 @@ def write(file: Path, rows: dict[str, np.ndarray]) -> None:
 
 
 def run(*words: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([RUN, *words], capture_output=True, text=True, timeout=120, check=False)
+    """With an empty cache, so that no peer is there."""
+    environment = os.environ | {"XDG_CACHE_HOME": "/nonexistent"}
+    return subprocess.run([RUN, *words], capture_output=True, text=True, timeout=300, check=False, env=environment)
 
 
 @pytest.fixture
@@ -37,6 +41,8 @@ def test_the_end_is_held_out_where_there_is_no_test_part(folder: Path) -> None:
     assert rows["citadel"]["mase"] < rows["seasonal naive"]["mase"]
     assert 0.5 < rows["citadel"]["coverage"] <= 1
     assert "citadel: 3 series" in ended.stderr
+    assert 0 < rows["citadel"]["mb_per_series"] < 100
+    assert "left out: statsforecast is not installed. bench/predictor/run --install" in ended.stderr
 
 
 def test_a_test_part_is_used(folder: Path) -> None:
@@ -95,5 +101,61 @@ def test_a_folder_of_nab(tmp_path: Path) -> None:
     rows = {row["row"]: row for row in json.loads(ended.stdout)}
     assert rows["citadel"]["nab_standard"] > 80
     assert rows["citadel"]["recall"] == 1
+    assert 0 < rows["citadel"]["mb_per_series"] < 2
     (tmp_path / "some" / "one.csv").write_text("timestamp,value\nyesterday,1\n")
     assert "some/one.csv line 2" in run(tmp_path).stderr
+
+
+def test_the_windowed_gaussian_moves_in_steps() -> None:
+    values = np.random.default_rng(5).normal(0, 1, 6600)
+    values[6405:] += 100
+    scores = nab.gaussian(values)
+    assert scores[0] == 0
+    assert scores[6499] == 1  # the window has not moved yet
+    assert scores[6500] < 1  # it has seen 95 of the higher ones
+
+
+def test_the_date_of_exhaustion_on_a_sample() -> None:
+    rows = {row["row"]: row for row in capacity.score(1, 8)}
+    assert len(rows) == 6
+    for kind in ("straight", "compound"):
+        assert rows[f"{kind} growth, 14 days before"]["median_error_days"] <= 3
+    values, limit, day = capacity.growth("straight", 1)
+    assert values[day] >= limit > values[:day].max()
+
+
+def test_faults_that_are_put_in() -> None:
+    alarms, until = faults.watch(("ensemble", 1))
+    assert alarms <= 2
+    assert until["drop"] < 12
+    assert until["season_break"] < faults.WATCHED
+    assert np.isnan(until["missing"])
+
+
+def test_a_peer_answers_from_an_environment_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "bin").mkdir()
+    python = tmp_path / "bin" / "python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    (tmp_path / "statsforecast").mkdir()
+    (tmp_path / "statsforecast" / "models.py").write_text(
+        "class Theta:\n"
+        "    def __init__(self, season_length): pass\n"
+        "    def forecast(self, y, h, level):\n"
+        "        return {'mean': y[:1].repeat(h), 'lo-80': y[:1].repeat(h) - 1, 'hi-80': y[:1].repeat(h) + 1}\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(peers, "environment", lambda: tmp_path)
+    assert not peers.installed()
+    series = [np.full(5, float(number)) for number in range(3)]
+    found = peers.forecast("Theta", series, 24, 2, 2)
+    assert [one["mean"] for one in found] == [[0, 0], [1, 1], [2, 2]]
+    assert [one["high"][0] for one in found] == [1, 2, 3]
+    with pytest.raises(ValueError, match=r"AutoETS ended with 1: .*no attribute 'AutoETS'"):
+        peers.forecast("AutoETS", series, 24, 2, 1)
+
+
+def test_it_says_what_to_ask_for() -> None:
+    ended = run()
+    assert ended.returncode == 2
+    assert "say what to score" in ended.stderr
