@@ -36,6 +36,13 @@ def user(host: Host, settings: dict[str, str]) -> str:
 
 
 @pytest.fixture
+def monitor(host: Host, settings: dict[str, str]) -> str:
+    """The exporter's user: the last of the access rules."""
+    rules = host.file(settings["aclfile"]).content_string
+    return str(re.findall(r"^user (\S+)", rules, re.MULTILINE)[-1])
+
+
+@pytest.fixture
 def ask(host: Host, settings: dict[str, str], settings_file: str) -> Callable[..., str]:
     """``ask("CONFIG", "GET", "dir", user="operator")``: what redis says; the password is read on the host."""
 
@@ -82,6 +89,27 @@ def test_the_gateways_user_may_do_nothing_else(ask: Callable[..., str], user: st
     assert "NOPERM" in ask(*words, user=user)
 
 
+def test_the_exporters_user_gets_figures(ask: Callable[..., str], monitor: str) -> None:
+    """The exporter's user is told how the store is."""
+    assert "redis_version:" in ask("INFO", "ALL", user=monitor)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("CONFIG", "GET", "*"),
+        ("KEYS", "*"),
+        ("GET", "citadel:x"),
+        ("SLOWLOG", "RESET"),
+        ("CLIENT", "LIST"),
+        ("FLUSHALL",),
+    ],
+)
+def test_the_exporters_user_may_do_nothing_else(ask: Callable[..., str], monitor: str, words: tuple[str, ...]) -> None:
+    """The exporter's user sees no value, no setting and no client, and changes nothing."""
+    assert "NOPERM" in ask(*words, user=monitor)
+
+
 def test_a_script_may_read_the_clock_and_its_own_keys(ask: Callable[..., str], user: str, host: Host) -> None:
     """A script, which is how limits are counted, runs as the gateways' user."""
     prefix = re.search(r"~(\S+?)\* ", ask("ACL", "LIST", user="operator").split(f"user {user}")[1])
@@ -120,10 +148,12 @@ def test_the_port_is_on_its_addresses_only(host: Host, settings: dict[str, str])
     assert {line.split()[3].rsplit(":", 1)[0].strip("[]") for line in lines} <= bound
 
 
-def test_secrets_are_closed(host: Host, settings: dict[str, str], settings_file: str, user: str) -> None:
-    """The operator's password is root's, the gateways' for their group alone."""
+def test_secrets_are_closed(host: Host, settings: dict[str, str], settings_file: str, user: str, monitor: str) -> None:
+    """The operator's and the exporter's password are root's, the gateways' for their group alone."""
     folder = str(PurePosixPath(settings_file).parent)
-    assert host.file(f"{folder}/operator.password").mode == 0o600
+    for name in ("operator", monitor):
+        theirs = host.file(f"{folder}/{name}.password")
+        assert (theirs.user, theirs.mode) == ("root", 0o600), name
     assert host.file(settings["aclfile"]).mode & 0o007 == 0
     mine = host.file(f"{folder}/{user}.password")
     assert (mine.user, mine.mode) == ("root", 0o640)
@@ -132,11 +162,11 @@ def test_secrets_are_closed(host: Host, settings: dict[str, str], settings_file:
 
 
 def test_no_password_is_on_a_command_line(
-    host: Host, unit: Callable[[str], Any], settings_file: str, user: str
+    host: Host, unit: Callable[[str], Any], settings_file: str, user: str, monitor: str
 ) -> None:
     """No password is in the arguments of redis, its environment, its settings or its journal."""
     pid = unit(UNIT).show("MainPID")["MainPID"]
-    for name in (user, "operator"):
+    for name in (user, "operator", monitor):
         secret = host.file(f"{PurePosixPath(settings_file).parent}/{name}.password").content_string.strip()
         for path in (f"/proc/{pid}/cmdline", f"/proc/{pid}/environ", settings_file):
             assert secret not in host.file(path).content_string, path

@@ -71,6 +71,7 @@ def test_bad_values_are_refused_all_at_once_with_the_remedies() -> None:
         redis_password="short",
         redis_memory="lots",
         redis_user="operator",
+        redis_monitor_user="operator",
         redis_port=22,
         redis_listen=["limits.example.org"],
     )
@@ -82,6 +83,7 @@ def test_bad_values_are_refused_all_at_once_with_the_remedies() -> None:
         "redis_password has 5 characters: take 16 or more",
         "redis_memory is lots: write a number and kb, mb or gb",
         "redis_user and redis_prefix are operator and other",
+        "redis_monitor_user is operator: letters, digits, _ and -, and not default, operator",
         "redis_port is 22, which something else listens on",
         "redis_listen has limits.example.org: give addresses, not names",
     ):
