@@ -11,9 +11,9 @@ STAMP = .venv/.complete-$(shell cat requirements.txt files/requirements/installe
 
 # What the controller of a lab needs, as Debian packages.
 TOOLS := ca-certificates chromium chromium-driver curl debian-archive-keyring iproute2 mmdebstrap openssh-client python3-venv systemd-container util-linux
-PYTHON_FILES := gateway predictor bench bench/gateway/run bench/gateway/saturate bench/predictor/run lab plugins tests tools molecule roles/vllm/files/citadel-engine roles/vllm/files/citadel-fetch lab/lab
+PYTHON_FILES := gateway predictor bench bench/gateway/run bench/gateway/saturate bench/predictor/run lab plugins tests tools molecule roles/vllm/files/citadel-engine roles/vllm/files/citadel-fetch roles/escalator/files/citadel-escalator roles/exporters/files/citadel-unit-metrics roles/exporters/files/ask.py lab/lab
 
-.PHONY: help tools venv lab down test check lint types unit molecule e2e scenarios validate docs lock bench soak
+.PHONY: help tools venv lab down test check lint types unit molecule e2e scenarios validate dashboards docs lock bench soak
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z0-9]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -51,6 +51,7 @@ lint: venv
 	yamllint --strict .
 	ansible-lint --strict
 	$(BIN)/python tools/role_readme.py --check
+	$(BIN)/python -m tools.dashboards --check
 
 types: venv # two scripts are named run, and mypy knows a script by its name
 	mypy $(filter-out bench/predictor/run,$(PYTHON_FILES))
@@ -72,8 +73,19 @@ test: tools venv check ## everything: check, each molecule scenario, site.yml on
 e2e: tools venv ## the end-to-end tests on the lab
 	lab/lab exec pytest tests/e2e -v
 
+ASK := pytest -q --no-header --tb=no -rN --criteria -p no:cacheprovider --ansible-inventory=$(INVENTORY)
+ON_METRICS := $(foreach role,monitoring escalator predictor,tests/infra/test_$(role).py)
 validate: venv ## ask every product whether it answers: make validate INVENTORY=inventory/production
-	@$(if $(findstring inventory/lab,$(INVENTORY)),lab/lab exec) pytest -q --no-header --tb=no -rN --criteria -p no:cacheprovider tests/infra --hosts=ansible://llm_servers --ansible-inventory=$(INVENTORY)
+	@$(if $(findstring inventory/lab,$(INVENTORY)),lab/lab exec) sh -c 'status=0; \
+	  $(ASK) $(ON_METRICS) --hosts=ansible://metrics_servers,ansible://predictor_servers || status=1; \
+	  $(ASK) tests/infra/test_exporters.py --hosts=ansible://monitored || status=1; \
+	  $(ASK) tests/infra $(ON_METRICS:%=--ignore=%) --ignore=tests/infra/test_exporters.py --hosts=ansible://llm_servers || status=1; \
+	  exit $$status'
+
+dashboards: venv ## write Grafana's dashboards anew, and draw them for the docs
+	@tools/servers
+	$(BIN)/python -m tools.dashboards
+	$(BIN)/python -m tests.monitoring.draw docs/images
 
 docs: venv ## write the roles' READMEs anew from their argument_specs
 	$(BIN)/python tools/role_readme.py

@@ -19,7 +19,8 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cita
 RUN = Path("/run/citadel-lab")
 STATE = CACHE / "state"
 KEY_FILE = STATE / "key"
-SECRETS = {KEY_FILE.name: "sk-lab-", "sql-admin": "", "sql-gateway": ""}  # name of the file -> how the secret begins
+# name of the file -> how the secret begins
+SECRETS = {KEY_FILE.name: "sk-lab-", "sql-admin": "", "sql-gateway": "", "exporters": ""}
 SSH_KEY = STATE / "id_lab"
 
 

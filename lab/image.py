@@ -35,7 +35,7 @@ LAYERS_DIR = CACHE / "layers"
 WHEELHOUSE = CACHE / "wheelhouse"
 MODELS = CACHE / "models"
 REQUIREMENTS = REPO / "files" / "requirements"
-WHEEL_SETS = ("installer", "gateway", "cpu")
+WHEEL_SETS = ("installer", "gateway", "cpu", "predictor")
 PYTHONS = {"bookworm": "3.11", "trixie": "3.13"}
 NEWEST_GLIBC = 36  # bookworm's minor version; wheels for older ones run too
 OLD_TAGS = ("manylinux2014_x86_64", "manylinux2010_x86_64", "manylinux1_x86_64", "linux_x86_64")
@@ -114,31 +114,40 @@ def _host_keys_at_boot(root: Path) -> None:
 
 
 def wheelhouse(release: str) -> None:
-    """Download every wheel that hosts of a release install from the locks; a stamp tells when nothing is to do.
+    """Download every wheel that hosts of a release install from the locks; a stamp for each lock tells what is there.
 
     The machine's own Python may be another one than the hosts': uv picks from the universal locks what the hosts'
     Python needs, pip fetches it.
     """
     python = PYTHONS[release]
-    locks = [REQUIREMENTS / f"{name}.txt" for name in WHEEL_SETS]
-    stamp = WHEELHOUSE / f".complete-{python}-{digest_of(locks)}"
-    if stamp.exists():
+    stamps = {lock: _stamp(lock, python) for lock in (REQUIREMENTS / f"{name}.txt" for name in WHEEL_SETS)}
+    missing = [lock for lock, stamp in stamps.items() if not stamp.exists()]
+    if not missing:
         return
-    _needs_the_machines_network(f"the wheelhouse for Python {python}")
-    say(f"downloading wheels for Python {python} into the wheelhouse (3 GB the first time)")
+    names = ", ".join(lock.stem for lock in missing)
+    _needs_the_machines_network(f"the wheelhouse for Python {python} ({names})")
+    say(f"downloading wheels of {names} for Python {python} into the wheelhouse (3 GB for all sets)")
     WHEELHOUSE.mkdir(parents=True, exist_ok=True)
+    for lock in missing:
+        _download(lock, python)
+        stamps[lock].touch()
+
+
+def _stamp(lock: Path, python: str) -> Path:
+    return WHEELHOUSE / f".complete-{python}-{lock.stem}-{digest_of([lock])}"
+
+
+def _download(lock: Path, python: str) -> None:
     tags = [*(f"manylinux_2_{minor}_x86_64" for minor in range(NEWEST_GLIBC, 4, -1)), *OLD_TAGS, "any"]
     platforms = [word for tag in tags for word in ("--platform", tag)]
     abis = [word for abi in (f"cp{python.replace('.', '')}", "abi3", "none") for word in ("--abi", abi)]
-    for lock in locks:
-        picked = STATE / f"{lock.stem}-{python}.txt"
-        run([VENV / "bin" / "uv", "pip", "compile", lock, "--quiet", "--no-deps", "--generate-hashes", "--no-annotate",
-             "--no-header", "--python-version", python, "--python-platform", f"x86_64-manylinux_2_{NEWEST_GLIBC}",
-             "--output-file", picked])  # fmt: skip
-        run([VENV / "bin" / "python", "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes",
-             "--only-binary=:all:", "--python-version", python, "--implementation", "cp", *abis, *platforms,
-             "--dest", WHEELHOUSE, "--requirement", picked])  # fmt: skip
-    stamp.touch()
+    picked = STATE / f"{lock.stem}-{python}.txt"
+    run([VENV / "bin" / "uv", "pip", "compile", lock, "--quiet", "--no-deps", "--generate-hashes", "--no-annotate",
+         "--no-header", "--python-version", python, "--python-platform", f"x86_64-manylinux_2_{NEWEST_GLIBC}",
+         "--output-file", picked])  # fmt: skip
+    run([VENV / "bin" / "python", "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes",
+         "--only-binary=:all:", "--python-version", python, "--implementation", "cp", *abis, *platforms,
+         "--dest", WHEELHOUSE, "--requirement", picked])  # fmt: skip
 
 
 def models() -> None:

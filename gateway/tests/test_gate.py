@@ -43,7 +43,9 @@ async def test_a_key_is_needed(gateway: Running, engine: FakeEngine, authorizati
     assert not engine.seen
 
 
-@pytest.mark.parametrize("path", ["/v1/chat/completions?api_key=sk-test", f"/v1/models/{new_key()}"])
+@pytest.mark.parametrize(
+    "path", ["/v1/chat/completions?api_key=sk-test", f"/v1/models/{new_key()}"], ids=["query", "path"]
+)
 async def test_a_key_in_the_url_is_refused(gateway: Running, path: str) -> None:
     reply = await ask(gateway.port, chat(path=path, key=""))
     assert (reply.status, reply.error()) == (400, "key_in_url")

@@ -100,7 +100,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 def test_every_page_of_the_docs_is_linked() -> None:
     linked = set()
-    for index in (ROOT / "README.md", ROOT / "docs/README.md"):
+    for index in (ROOT / "README.md", ROOT / "docs/README.md", ROOT / "docs/runbooks/README.md"):
         if index.exists():
             targets = re.findall(r"\]\(([^)#\s]+)", index.read_text())
             linked |= {(index.parent / target).resolve() for target in targets if "://" not in target}

@@ -11,7 +11,9 @@ import pytest
 from tests.contract.repo import PHASES, ROOT, defaults, given_in, load, role_names, roles, tags_of
 
 SCENARIOS = sorted(path.parent for path in (ROOT / "molecule").glob("*/molecule.yml"))
-ALTERNATIVES = {f"{role}_alternative" for role in ("storage", "network_checks", "redis", "vllm", "gateway")}
+ALTERNATIVES = {
+    f"{role}_alternative" for role in ("storage", "network_checks", "redis", "vllm", "gateway", "monitoring")
+}
 
 
 def checks_of(scenario: Path) -> list[Path]:

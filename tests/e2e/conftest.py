@@ -83,7 +83,7 @@ class Lab:
         """Main process of each model's unit."""
         return {model: self.show(engine(model), "MainPID") for model in MODELS}
 
-    def wait_until(self, what: str, condition: Callable[[], bool], seconds: float, pause: float = 1.0) -> None:
+    def wait_until(self, what: str, condition: Callable[[], object], seconds: float, pause: float = 1.0) -> None:
         """Poll a condition; a test fails with ``what`` when it does not come true in time."""
         end = time.monotonic() + seconds
         while not condition():
