@@ -143,7 +143,9 @@ def main() -> None:
         return
     print(f"{'cycle':<34}{'CPU s':>8}{'peak MB':>9}{'questions':>11}{'samples shown':>15}")
     for row in rows:
-        print(f"{row['cycle']:<34}{row['cpu_seconds']:>8}{row['peak_mb']:>9}{row['questions']:>11}{row['samples_shown']:>15}")
+        print(
+            f"{row['cycle']:<34}{row['cpu_seconds']:>8}{row['peak_mb']:>9}{row['questions']:>11}{row['samples_shown']:>15}"
+        )
 
 
 if __name__ == "__main__":

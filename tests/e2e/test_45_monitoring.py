@@ -22,6 +22,8 @@ JOBS = {
     "citadel-postgres": 1,
     "citadel-predictor": 1,
     "citadel-escalator": 1,
+    "citadel-prometheus": 1,
+    "citadel-alertmanager": 1,
 }
 DASHBOARDS = {"citadel-operations", "citadel-business", "citadel-realtime", "citadel-quality", "citadel-cost"}
 STOPPED = "phi-3-mini"

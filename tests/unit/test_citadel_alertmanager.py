@@ -260,7 +260,7 @@ def told(name: str, tmp_path: Path, alert: dict[str, Any] = ALERT, status: str =
 
 def test_the_title_says_what_is_wrong_and_who_is_told(tmp_path: Path) -> None:
     assert told("citadel.title", tmp_path) == "[FIRING 1] critical, level 1: LLMEngineDown phi-3-mini"
-    second = {**ALERT, "labels": {**ALERT["labels"], "escalation": "2", "instance": "hx"}}  # type: ignore[dict-item]
+    second = {**ALERT, "labels": {**ALERT["labels"], "escalation": "2", "instance": "hx"}}  # type: ignore[dict-item]  # labels are a mapping there
     assert told("citadel.title", tmp_path, second) == "[FIRING 1] critical, level 2: LLMEngineDown phi-3-mini on hx"
     assert told("citadel.title", tmp_path, status="resolved").startswith("[RESOLVED] critical")
 

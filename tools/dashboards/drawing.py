@@ -496,7 +496,7 @@ class Board:
         for order in panel["options"]["sortBy"]:
             missing = math.inf if not order["desc"] else -math.inf
             name = order["displayName"]
-            found.sort(key=lambda row, name=name, missing=missing: row.get(name, missing), reverse=order["desc"])  # type: ignore[misc]
+            found.sort(key=lambda row, name=name, missing=missing: row.get(name, missing), reverse=order["desc"])  # type: ignore[misc]  # no type for bound names
         return list(renamed.values()), found
 
     def cell(self, panel: Json, head: str, value: str | float | None) -> tuple[str, str]:

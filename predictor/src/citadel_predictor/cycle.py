@@ -107,7 +107,7 @@ class Cycle:
             return max(1.0, self.settings.cycle_seconds - took)
         longest = max(LONGEST_WAIT, self.settings.cycle_seconds)
         wait = min(longest, self.settings.cycle_seconds / 4 * 2.0 ** min(self.failures - 1, 16))
-        return wait * random.uniform(0.75, 1.25)  # noqa: S311
+        return wait * random.uniform(0.75, 1.25)  # noqa: S311  jitter guards nothing
 
     def save(self) -> None:
         """Write all that is known, before the end."""

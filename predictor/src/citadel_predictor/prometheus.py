@@ -105,7 +105,7 @@ class Client:
 
     def _post(self, path: str, form: bytes) -> bytes:
         address = self.where.url.rstrip("/") + path  # http or https: the settings were checked
-        request = urllib.request.Request(address, form, self._headers())  # noqa: S310
+        request = urllib.request.Request(address, form, self._headers())  # noqa: S310  settings allow http and https alone
         deadline = time.monotonic() + self.where.timeout_seconds
         try:
             with self.opener.open(request, timeout=self.where.timeout_seconds) as reply:
