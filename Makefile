@@ -43,7 +43,7 @@ down: ## stop the lab; nothing is left but the cache
 check: venv ## lint, types, unit and contract tests: neither root nor the lab
 	@$(STAGE) lint 120 $(MAKE) --no-print-directory lint
 	@$(STAGE) types 60 $(MAKE) --no-print-directory types
-	@$(STAGE) unit 240 $(MAKE) --no-print-directory unit
+	@$(STAGE) unit 360 $(MAKE) --no-print-directory unit
 
 lint: venv
 	ruff check $(PYTHON_FILES)
