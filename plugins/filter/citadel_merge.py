@@ -73,7 +73,15 @@ def read(text: str, name: str) -> Any:
     try:
         return yaml.safe_load(text)
     except (yaml.YAMLError, ValueError) as error:
-        raise RefusalError(f"{name} is no YAML that can be extended: {' '.join(str(error).split())}") from None
+        raise RefusalError(f"{name} is no YAML that can be extended: {fault(error)}") from None
+
+
+def fault(error: Exception) -> str:
+    """What is wrong and where, without the line itself, which may hold somebody else's password."""
+    mark = getattr(error, "problem_mark", None)
+    if not isinstance(error, yaml.error.MarkedYAMLError) or mark is None:
+        return " ".join(str(error).split())
+    return f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}"
 
 
 def compose(text: str, name: str) -> yaml.Node | None:
@@ -85,7 +93,7 @@ def compose(text: str, name: str) -> yaml.Node | None:
     try:
         documents = list(yaml.compose_all(text, yaml.SafeLoader))
     except yaml.YAMLError as error:
-        raise RefusalError(f"{name} is no YAML that can be extended: {' '.join(str(error).split())}") from None
+        raise RefusalError(f"{name} is no YAML that can be extended: {fault(error)}") from None
     if len(documents) > 1:
         raise RefusalError(f"{name} has {len(documents)} documents: keep one")
     return documents[0] if documents else None

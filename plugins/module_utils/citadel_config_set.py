@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import grp
 import hashlib
+import http.client
 import json
 import os
 import pwd
@@ -138,7 +139,7 @@ class ConfigSet:
         steps = []
         wanted = {file.path for file in self.files if file.state == "present"}
         for file in self.files:
-            path = Path(file.path).resolve()  # a link stays one
+            path = Path(file.path).resolve() if file.base else Path(file.path)  # a link of the operator's stays one
             old, status = read(path)
             if file.base and hashlib.sha256(old or b"").hexdigest() != file.base:
                 raise RefusalError(f"{path} was changed by somebody else while this ran; run it again")
@@ -268,7 +269,9 @@ class ConfigSet:
                 step.path.unlink(missing_ok=True)
                 continue
             restored = step.path.with_name(f".{step.path.name}.citadel")
-            restored.write_bytes(step.old)
+            restored.unlink(missing_ok=True)
+            with os.fdopen(os.open(restored, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as out:
+                out.write(step.old)
             os.chown(restored, step.status.st_uid, step.status.st_gid)
             restored.chmod(stat.S_IMODE(step.status.st_mode))
             os.utime(restored, ns=(step.status.st_atime_ns, step.status.st_mtime_ns))
@@ -319,9 +322,12 @@ class ConfigSet:
 
     def ask(self, url: str) -> str:
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        with opener.open(url, timeout=10) as reply:
-            text: str = reply.read().decode()
-            return text
+        try:
+            with opener.open(url, timeout=10) as reply:
+                text: str = reply.read().decode()
+                return text
+        except http.client.HTTPException as error:  # an answer that breaks off
+            raise OSError(repr(error)) from None
 
     def figures(self, service: Service, *, patient: bool = False) -> dict[str, float]:
         """Time of the last load that succeeded, and whether there was none since that did not."""

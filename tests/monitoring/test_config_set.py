@@ -302,6 +302,17 @@ def test_a_link_stays_a_link(site: Site) -> None:
     assert "citadel-a" in (site.folder / "elsewhere.yml").read_text()
 
 
+def test_what_lies_behind_a_linked_folder_is_checked_and_loaded_too(site: Site) -> None:
+    """A link to the folder of ours hides no rule file from the checker, nor from the reload."""
+    (site.folder / "real").mkdir()
+    site.tree.symlink_to("real")
+    site.apply({"a.yml": RULES.format("a", 1)})
+    with pytest.raises(RefusalError, match="parse error"):
+        site.apply({"a.yml": RULES.format("a", "sum(")})
+    assert site.apply({"a.yml": RULES.format("a", 2)}).reloaded == ["prometheus"]
+    assert eventually(lambda: site.value("citadel:a:sum") == "2")
+
+
 def test_an_owner_that_the_host_does_not_know_is_named(site: Site) -> None:
     before = site.snapshot()
     with pytest.raises(RefusalError, match=r"nobody-here:.*, which this host does not know"):

@@ -201,3 +201,9 @@ def test_merged_it_says_theirs_and_ours_and_taken_out_it_is_what_it_was(
     assert (yaml.safe_load(merged) or {}) == wanted
     assert citadel_merge(merged, sections) == merged
     assert citadel_merge(merged) == text
+
+
+def test_a_fault_is_named_by_its_place_and_nobody_s_line_is_quoted() -> None:
+    with pytest.raises(RefusalError, match=r"line \d+, column \d+") as refused:
+        citadel_merge("global:\n  smtp_auth_password: s3cr3t: x\n", JOBS)
+    assert "s3cr3t" not in str(refused.value)
