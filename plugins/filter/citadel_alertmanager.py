@@ -29,6 +29,8 @@ CHANNELS: dict[str, tuple[str, set[str]]] = {
     "email": ("", {"to"}),
     "webhook": ("token", {"url", "ca_file"}),
 }
+ADDRESS = "write http(s)://HOST[:PORT]/PATH"
+HEARTBEAT = {"url", "interval", "token", "token_file", "ca_file"}
 SMTP = {"smarthost", "from", "username", "password", "password_file", "require_tls", "hello", "ca_file"}
 # Who is down is slow and silent too: one message is enough. That users are hurt (error budget) is told all the same.
 SLOW = ["LLMLatency.*", "LLMQueue.*", "LLMThroughput.*", "LLMKVCache.*", "LLMEngineCanary.*", "LLMEngineMetricsAbsent"]
@@ -103,8 +105,7 @@ def channel_problems(variable: str, given: Given) -> Iterator[str]:
             yield f"{where} has no url: say where it is to be posted."
         url = channel.get("url")
         if url and not URL.fullmatch(str(url)):
-            shown = "not shown, it is a secret" if kind == "slack" else url
-            yield f"{where}: url ({shown}) is no address: write http(s)://HOST[:PORT]/PATH without user and password."
+            yield f"{where}: url (not shown, it may be a secret) is no address: {ADDRESS}, without user and password."
         if kind == "email" and not channel.get("to"):
             yield f"{where} has no to: give an address, or a list of them."
     smtp = given.get("smtp") or {}
@@ -157,6 +158,8 @@ def cell_problems(variable: str, given: Given) -> Iterator[str]:
         if count > 1:
             yield f"{variable}.matrix has {team} {severity} more than once: keep one."
     for team, names in (given.get("copies") or {}).items():
+        if team != "*" and (not NAME.fullmatch(str(team)) or team == "any"):
+            yield f"{variable}.copies: the team is {team}: take lower-case letters, digits, _ and - (not any), or *."
         for name in names:
             if name not in channels:
                 yield f'{variable}.copies, {team} names "{name}", which is not in {variable}.channels.'
@@ -173,9 +176,11 @@ def other_problems(variable: str, given: Given) -> Iterator[str]:
         if not LABEL.fullmatch(str(label)):
             yield f"{variable}.group_by has {label}, which is no label: take names such as alertname, model."
     heartbeat = given.get("heartbeat") or {}
-    url = heartbeat.get("url")
-    if heartbeat and not URL.fullmatch(str(url)):
-        yield f"{variable}.heartbeat: url is {url}: write http(s)://HOST[:PORT]/PATH, or leave heartbeat out."
+    for key in sorted(heartbeat.keys() - HEARTBEAT):
+        yield f"{variable}.heartbeat has {key}, which is not known: it has {', '.join(sorted(HEARTBEAT))}."
+    if heartbeat and not URL.fullmatch(str(heartbeat.get("url"))):
+        shown = "not shown, it may be a secret" if heartbeat.get("url") else "none"
+        yield f"{variable}.heartbeat: url ({shown}) is no address: {ADDRESS}, or leave heartbeat out."
     if not seconds(heartbeat.get("interval", 60)):
         yield f"{variable}.heartbeat: interval is {heartbeat['interval']!r}: give seconds, more than 0."
     yield from secret_problems(f"{variable}.heartbeat", "token", heartbeat, needed=False)
@@ -272,8 +277,19 @@ def text(value: float) -> str:
 
 
 def cells(given: Given, secrets: Secrets) -> Iterator[tuple[Given, Given]]:
-    """A route and its receiver for each cell and level; those of a named team come before those of all others."""
-    for cell in sorted(given.get("matrix") or [], key=lambda cell: cell["team"] == "*"):
+    """A route and its receiver for each cell and level; those of a named team come before those of all others.
+
+    A team that gets copies has the cells of ``*`` as its own where it has no other.
+    """
+    matrix = list(given.get("matrix") or [])
+    own = {(cell["team"], cell["severity"]) for cell in matrix}
+    matrix += [
+        cell | {"team": team}
+        for team in given.get("copies") or {}
+        for cell in matrix
+        if cell["team"] == "*" and (team, cell["severity"]) not in own
+    ]
+    for cell in sorted(matrix, key=lambda cell: cell["team"] == "*"):
         team, severity = cell["team"], cell["severity"]
         extra = (given.get("copies") or {}).get(team, [])
         for level, channels in levels_of(cell).items():

@@ -434,9 +434,15 @@ def difference(step: Step) -> dict[str, str]:
 
 
 def blocks(text: str) -> str:
-    """The marked blocks of a text: what is around them may hold somebody else's passwords."""
+    """The marked blocks of a text: what is around them may hold somebody else's passwords. The path of an address that
+    something is posted to may be a secret too: it is given as its hash, so that a change of it is seen.
+    """
     found = re.findall(r"^[ ]*# BEGIN CITADEL[^\n]*\n(?:.*\n)*?[ ]*# END CITADEL[^\n]*", text, re.MULTILINE)
-    return "".join(f"{block}\n" for block in found)
+    return re.sub(r"(\burl: [\"']?https?://[^/\s]+/)([^\s\"']+)", hashed, "".join(f"{block}\n" for block in found))
+
+
+def hashed(address: re.Match[str]) -> str:
+    return f"{address[1]}(sha256 {hashlib.sha256(address[2].encode()).hexdigest()[:8]})"
 
 
 def shortened(text: str, limit: int = 600) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 from filter.citadel_merge import citadel_merge
-from module_utils.citadel_config_set import ConfigSet, File, RefusalError, Result, Service
+from module_utils.citadel_config_set import ConfigSet, File, RefusalError, Result, Service, blocks
 
 from tests.monitoring import servers
 
@@ -183,6 +183,15 @@ def eventually(check: Callable[[], bool], seconds: float = 10) -> bool:
     while not check() and time.monotonic() < end:
         time.sleep(0.2)
     return check()
+
+
+def test_a_diff_has_the_path_of_an_address_as_its_hash_alone() -> None:
+    block = '  # BEGIN CITADEL x\n  - url: "https://beats.example.org:8443/secret-path?x=1"\n  # END CITADEL\n'
+    shown = blocks("password: theirs\n" + block)
+    assert "https://beats.example.org:8443/(sha256 " in shown
+    assert "secret-path" not in shown
+    assert "theirs" not in shown
+    assert shown != blocks(block.replace("secret", "other"))
 
 
 def test_a_set_is_loaded_once_replaced_and_taken_out_without_a_trace(site: Site) -> None:

@@ -131,6 +131,23 @@ def test_every_cell_reaches_its_people(config: Path, team: str, severity: str) -
             )
 
 
+def test_a_team_without_cells_of_its_own_gets_its_copies(tmp_path: Path) -> None:
+    everyone = [
+        {"team": "*", "severity": severity, "levels": {1: ["ops-chat"], 2: ["pager"]}} for severity in SEVERITIES
+    ]
+    path = tmp_path / "alertmanager.yml"
+    made = alertmanager_config(GIVEN | {"matrix": everyone})
+    path.write_text(yaml.safe_dump(whole(made)))
+    labels = {"suite": "citadel", "alertname": "A", "severity": "warning"}
+    routed(path, labels | {"team": "business"}, ["citadel-feed", "citadel-business-warning-1"])
+    routed(path, labels | {"team": "business", "escalation": "2"}, ["citadel-feed", "citadel-business-warning-2"])
+    routed(path, labels | {"team": "models"}, ["citadel-feed", "citadel-any-warning-1"])
+    receivers = {receiver["name"]: receiver for receiver in made["receivers"]}
+    assert receivers["citadel-business-warning-1"].keys() == {"name", "slack_configs", "email_configs"}
+    assert receivers["citadel-business-warning-2"].keys() == {"name", "pagerduty_configs"}
+    assert "business" not in str(receivers["citadel-any-warning-1"])
+
+
 def test_the_watchdog_reaches_the_heartbeat_alone(config: Path) -> None:
     for team in TEAMS:
         labels = {"suite": "citadel", "alertname": "CitadelWatchdog", "severity": "info", "team": team}
@@ -315,7 +332,9 @@ CELL = {"team": "platform", "severity": "critical"}
         ("levels", {2: 900, 3: 600}, "level 3 comes after 600 s, level 2 after 900 s"),
         ("timing", {"group_wait": "10s"}, "timing: group_wait is '10s': give seconds"),
         ("group_by", ["a-b"], "group_by has a-b, which is no label"),
-        ("heartbeat", {"url": "x"}, "heartbeat: url is x"),
+        ("heartbeat", {"url": "secret-x"}, "heartbeat: url (not shown, it may be a secret) is no address"),
+        ("heartbeat", {"interval": 5}, "heartbeat: url (none) is no address"),
+        ("heartbeat.intervall", 5, "heartbeat has intervall, which is not known"),
         ("heartbeat.interval", 0, "heartbeat: interval is 0: give seconds"),
         ("inhibits", [{"source": "A"}], "inhibits has {'source': 'A'}: give source (an alert), targets"),
         ("channels.Bad Name", {"kind": "webhook", "url": "http://h/"}, '"Bad Name" is no name'),
@@ -340,6 +359,7 @@ CELL = {"team": "platform", "severity": "critical"}
         ("matrix.1.levels", {1: ["chat"]}, 'level 1 names "chat", and platform_alerting.channels has ops-chat, pager'),
         ("matrix.1.after", {2: "5m"}, "after: level 2 comes after '5m': give seconds"),
         ("matrix.0", {**CELL, "levels": {1: ["pager"]}}, "matrix has platform critical more than once"),
+        ("copies", {"Business Unit": []}, "copies: the team is Business Unit"),
         ("copies", {"business": ["chat"]}, 'copies, business names "chat", which is not in'),
     ],
 )
