@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 REPO = Path(__file__).resolve().parents[2]
+LOGS = REPO / "build/molecule"
 AT_A_TIME = 2
 SCENARIO_SECONDS = 1800
 LONGEST = ["vllm", "vllm_alternative", "gateway_alternative"]
@@ -41,6 +42,8 @@ def run(name: str, state: Path) -> tuple[int, str, float]:
         timeout=SCENARIO_SECONDS,
         check=False,
     )
+    LOGS.mkdir(parents=True, exist_ok=True)  # read while the others still run
+    (LOGS / f"{name}.log").write_text(done.stdout)
     return done.returncode, done.stdout, time.monotonic() - start
 
 
