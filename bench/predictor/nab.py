@@ -4,10 +4,10 @@ The score is NAB's (Lavin and Ahmad, 2015): a detection in a window earns the mo
 the more the farther it is behind a window, a window without one costs; 0 is to say nothing, 100 to be perfect.
 """
 
-import copy
 import csv
 import json
 import math
+import pickle
 import resource
 import time
 import tracemalloc
@@ -180,10 +180,11 @@ def detect(job: tuple[str, Labelled]) -> Found:
 
 
 def held(detector: Detector) -> float:
-    """Megabytes of what a detector keeps: those that a copy of it takes."""
+    """Megabytes of what a detector keeps: those that a copy takes which shares nothing with it, not even numbers."""
+    plain = pickle.dumps(detector)
     tracemalloc.start()
     try:
-        copied = copy.deepcopy(detector)
+        copied = pickle.loads(plain)  # noqa: S301  what was dumped two lines above
         size = tracemalloc.get_traced_memory()[0] / 1e6
         del copied
         return size

@@ -15,8 +15,8 @@ from .exposition import Metrics, Sheet
 from .outlook import Answer, Plan
 from .prometheus import Client, QueryError
 from .reading import Key, Present
-from .settings import DAY, DETECTION_STEP, Settings, Target
-from .state import Store
+from .settings import DAY, DETECTION_STEP, HORIZONS, Settings, Target
+from .state import Kept, Store
 from .watched import Watched
 
 WARM = 2 * DAY  # of values that a new detector is shown
@@ -70,7 +70,7 @@ class Cycle:
         self.before: tuple[float, float] | None = None  # wall and monotonic of the last cycle
         self.failures = 0
         for board in self.boards:
-            board.series = {each.key: each for each in store.load(board.target)}
+            self._recall(board, store.load(board.target))
         store.prune(settings.targets, settings.forget_days)
 
     def run(self) -> bool:
@@ -113,7 +113,33 @@ class Cycle:
         """Write all that is known, before the end."""
         for board in self.boards:
             if board.series:
-                self.store.save(board.target, list(board.series.values()))
+                self.store.save(board.target, Kept(list(board.series.values()), board.succeeded))
+
+    def _recall(self, board: Board, kept: Kept) -> None:
+        """Go on from what was kept, and show at once what it foretold: Prometheus may not answer for long."""
+        now = self.clock.wall()
+        board.series = {each.key: each for each in kept.series}
+        board.limits = {key: each.limit for key, each in board.series.items() if each.limit is not None}
+        if board.target.limit is not None and not isinstance(board.target.limit, str):
+            board.limits = {(): board.target.limit}
+        for key, watched in board.series.items():
+            days = watched.track.days(board.target.aggregate)
+            for plan in board.plans:
+                track = days if plan.daily else watched.track
+                newest = track.last()
+                at, end = watched.made.get(plan.name, (0.0, 0))
+                choice = watched.choices.get(plan.name)
+                if choice is None or newest is None or newest[0] != end or at > now:
+                    continue  # not of these values, or of a clock that ran ahead
+                try:
+                    found = outlook.recalled(plan, board.target, track, at, choice)
+                except ValueError:
+                    continue
+                stamp = (track.end, int((at - track.end) // track.step))
+                board.answers.setdefault(key, {})[plan.name] = (stamp, found)
+        if kept.succeeded is not None and kept.succeeded <= now and board.answers:
+            board.succeeded = kept.succeeded
+            self._publish(board)
 
     def _look_at_clock(self, now: float, monotonic: float) -> None:
         if self.before is not None:
@@ -144,6 +170,8 @@ class Cycle:
         if here.ambiguous:
             board.reasons.add("ambiguous")
         board.limits = self._limits(board, at)
+        for key in kept if isinstance(target.limit, str) else ():
+            board.series[key].limit = self._limit(board, key)
         self._values(board, here, kept, at)
         self._history(board, here, kept, now)
         trained = False
@@ -157,7 +185,7 @@ class Cycle:
         self._publish(board)
         if trained or board.saved is None or self.clock.monotonic() - board.saved >= SAVE:
             self.beat()
-            self.store.save(target, list(board.series.values()))
+            self.store.save(target, Kept(list(board.series.values()), board.succeeded))
             board.saved = self.clock.monotonic()  # also if it failed: it has been said, and is tried again in time
 
     def _kept(self, board: Board, here: Present) -> list[Key]:
@@ -257,7 +285,11 @@ class Cycle:
             answers[plan.name] = (stamp, found)
             if found.choice is None:
                 watched.choices.pop(plan.name, None)
+                watched.made.pop(plan.name, None)
                 continue
+            newest = track.last()
+            assert newest is not None
+            watched.made[plan.name] = (now, newest[0])
             watched.choices[plan.name] = found.choice
             if found.trained:
                 trained = True
@@ -293,40 +325,48 @@ class Cycle:
 
     def _lines(self, board: Board, watched: Watched, limit: float | None, sheet: Sheet) -> None:
         labels: dict[str, Any] = watched.labels
+        now, step = self.clock.wall(), board.target.step
         sheet.add("llm_forecast_history_days", labels, watched.track.known_days())
-        for detector, score in watched.scores.items():
+        recent = reading.LOOK_BACK + 2 * self.settings.cycle_seconds
+        for detector, score in watched.scores.items() if now - watched.seen <= recent else ():
             sheet.add("llm_anomaly_score", {**labels, "detector": detector}, score)
         if limit is not None:
             sheet.add("llm_forecast_limit", labels, limit)
         covered = []
         for plan in board.plans:
             _, found = board.answers.get(watched.key, {}).get(plan.name, (None, Answer()))
-            if found.choice is None:
+            horizons = [name for name in found.points if found.holds(plan, HORIZONS[name], step, now)]
+            if found.choice is None or not horizons:
                 continue
             method = {"method": found.choice.method}
             if math.isfinite(found.choice.coverage):
                 covered.append(found.choice.coverage)
-            for horizon, points in found.points.items():
+            for horizon in horizons:
                 where = {**labels, "horizon": horizon}
-                for level, value in points.items():
+                for level, value in found.points[horizon].items():
                     sheet.add("llm_forecast_value", {**where, "quantile": f"{level:g}", **method}, value)
                 if found.choice.method in found.choice.mase:
                     # beside the naive on the same ends: a month ahead is harder than a week, for whichever method
                     sheet.add("llm_forecast_mase", {**where, **method}, 1 - found.choice.skill)
-            if board.target.capacity and "30d" in plan.horizons:
-                self._capacity(board, watched, limit, found, sheet)
+            if board.target.capacity and "30d" in horizons:
+                self._capacity(board, watched, limit, plan, found, sheet)
         if covered:
             sheet.add("llm_forecast_coverage_ratio", {**labels, "level": "0.8"}, sum(covered) / len(covered))
 
-    def _capacity(self, board: Board, watched: Watched, limit: float | None, found: Answer, sheet: Sheet) -> None:
+    def _capacity(
+        self, board: Board, watched: Watched, limit: float | None, plan: Plan, found: Answer, sheet: Sheet
+    ) -> None:
         assert found.choice is not None
+        now = self.clock.wall()
         labels = watched.labels
         method = {"method": found.choice.method}
         for level, path in found.curve.items():
             for day, value in enumerate(path[:30], 1):
+                if not found.holds(plan, day * DAY, DAY, now):
+                    continue
                 where = {**labels, "horizon_days": str(day), "quantile": f"{level:g}", **method}
                 sheet.add("llm_forecast_value", where, float(value))
         if limit is not None:
             days = watched.track.days(board.target.aggregate)
-            for level, seconds in outlook.until(found.choice, days, board.target, limit, self.clock.wall()).items():
+            for level, seconds in outlook.until(found.choice, days, board.target, limit, now).items():
                 sheet.add("llm_forecast_limit_eta_seconds", {**labels, "quantile": f"{level:g}"}, seconds)

@@ -46,8 +46,11 @@ def chosen_methods(names: Sequence[str]) -> tuple[Forecaster, ...]:
 
 @dataclass
 class Answer:
-    """``points``: quantiles by horizon. ``reasons``: words of a closed set, for metrics; ``said``: in full."""
+    """``points``: quantiles by horizon, counted from ``at`` (seconds since the epoch), when it was made. ``reasons``:
+    words of a closed set, for metrics; ``said``: in full.
+    """
 
+    at: float = 0.0
     choice: Choice | None = None
     trained: bool = False
     points: dict[str, dict[float, float]] = field(default_factory=dict)
@@ -55,17 +58,23 @@ class Answer:
     reasons: set[str] = field(default_factory=set)
     said: list[str] = field(default_factory=list)
 
+    def holds(self, plan: Plan, ahead: int, step: int, now: float) -> bool:
+        """Whether a forecast of so many seconds ahead is one still; in the ``step`` that follows its time the next is
+        waited for.
+        """
+        return self.choice is not None and now - self.at <= ahead + (DAY if plan.daily else step)
+
 
 def answer(
     plan: Plan, target: Target, track: Track, now: float, methods: Sequence[Forecaster], before: Choice | None
 ) -> Answer:
     """Forecast a track of the plan's own step. ``before``: what was chosen at the last training, None: train."""
-    found = Answer()
+    found = Answer(now)
     newest = track.last()
     if newest is None:
         found.reasons.add("short_history" if plan.daily else "no_history")  # of a day that is not over there is some
         return found
-    lag = max(0, int((now - track.end) // track.step)) + (track.end - newest[0]) // track.step
+    lag = behind(track, newest[0], now)
     if lag > MOST_LAG:
         found.reasons.add("stale")
         found.said.append(f"{plan.name}: the last value is {lag} steps old")
@@ -76,23 +85,51 @@ def answer(
             f"{track.known_days():.0f} days of history are fewer than the {LEAST_DAYS} that days ahead need"
         )
         return found
+    values, season = seen(plan, target, track)
+    choice, found.trained = fitted(values, season, plan.steps + lag, methods, before)
+    tell(found, plan, values, choice, lag)
+    return found
+
+
+def recalled(plan: Plan, target: Target, track: Track, at: float, choice: Choice) -> Answer:
+    """What answer() said at that time, from the choice that it made of the same track. Raises ValueError for a choice
+    that was made of another.
+    """
+    newest = track.last()
+    lag = behind(track, newest[0], at) if newest else 0
+    if newest is None or choice.forecast.size < lag + plan.steps:
+        raise ValueError(f"{choice.forecast.size} steps are not what was forecast of this series")
+    found = Answer(at)
+    tell(found, plan, seen(plan, target, track)[0], choice, lag)
+    return found
+
+
+def behind(track: Track, newest: int, now: float) -> int:
+    """Whole steps from the newest value to now."""
+    return max(0, int((now - track.end) // track.step)) + (track.end - newest) // track.step
+
+
+def seen(plan: Plan, target: Target, track: Track) -> tuple[FloatArray, int]:
+    """The values of a track that are learnt from, and the steps of their season."""
     season = WEEK if plan.daily else target.season // target.step
-    values = track.values[-max(LONGEST, 8 * season) :]
-    found.choice, found.trained = fitted(values, season, plan.steps + lag, methods, before)
+    return track.values[-max(LONGEST, 8 * season) :], season
+
+
+def tell(found: Answer, plan: Plan, values: FloatArray, choice: Choice, lag: int) -> None:
+    """Write into an answer what a choice for ``values`` says, whose first ``lag`` steps have gone by."""
+    found.choice = choice
     found.points = {
-        name: {level: float(path[lag + ahead - 1]) for level, path in found.choice.quantiles.items()}
+        name: {level: float(path[lag + ahead - 1]) for level, path in choice.quantiles.items()}
         for name, ahead in plan.horizons.items()
     }
-    found.curve = {level: path[lag:] for level, path in found.choice.quantiles.items()}
-    found.said += [f"{plan.name}: {reason}" for reason in found.choice.reasons]
-    known = np.isfinite(values[np.flatnonzero(np.isfinite(values))[0] :])
-    if not known.all():
+    found.curve = {level: path[lag:] for level, path in choice.quantiles.items()}
+    found.said += [f"{plan.name}: {reason}" for reason in choice.reasons]
+    if not np.isfinite(values[np.flatnonzero(np.isfinite(values))[0] :]).all():
         found.reasons.add("gaps")
-    if found.choice.method == "constant":
+    if choice.method == "constant":
         found.reasons.add("constant")
-    elif not found.choice.mase:
+    elif not choice.mase:
         found.reasons.add("short_history")
-    return found
 
 
 def fitted(

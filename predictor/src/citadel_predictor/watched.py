@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .anomaly import Detector, build
+from .anomaly.base import bounded
 from .anomaly.windows import Limits
 from .forecast import Choice
 from .reading import Key, Points
@@ -18,6 +19,8 @@ NEVER = -math.inf
 class Watched:
     """``asked``: until when its history was asked for; ``seen``: until when its detectors saw it; ``trained``: when
     its methods were judged (seconds since the epoch, all three). ``absent``: for how many seconds it has been away.
+    ``made``: by plan when its forecast was made, and the time of the newest value then. ``limit``: the last that was
+    read of a rule.
     """
 
     target: Target
@@ -28,6 +31,8 @@ class Watched:
     absent: float = 0.0
     scores: dict[str, float] = field(default_factory=dict)
     choices: dict[str, Choice] = field(default_factory=dict)
+    made: dict[str, tuple[float, int]] = field(default_factory=dict)
+    limit: float | None = None
 
     def __post_init__(self) -> None:
         self.track = Track(self.target.step, self.target.history_days * DAY // self.target.step)
@@ -43,7 +48,7 @@ class Watched:
         """Show detectors the past that nobody is told of."""
         known = [(at, value) for at, value in points if at > self.seen and math.isfinite(value)]
         for detector in self.detectors.values():
-            if not begun(detector, [value for _, value in known]):
+            if not refilled(detector, [value for _, value in known]):
                 for _, value in known:
                     detector.update(value)
         if points:
@@ -83,7 +88,10 @@ class Watched:
             "trained": None if self.trained == NEVER else self.trained,
             "absent": self.absent,
             "track": self.track.to_dict(),
+            "scores": self.scores,
             "choices": {name: choice.to_dict() for name, choice in self.choices.items()},
+            "made": self.made,
+            "limit": None if self.limit is None else {"rule": self.target.limit, "value": self.limit},
             "detectors": {name: detector.state() for name, detector in self.detectors.items()},
         }
 
@@ -100,6 +108,13 @@ class Watched:
         watched.absent = float(state["absent"])
         watched.track.restore(state["track"])
         watched.choices = {str(name): Choice.from_dict(plain) for name, plain in state["choices"].items()}
+        # A state from before these were kept has none of them: then nothing is shown until Prometheus has answered.
+        scores = state.get("scores", {})
+        watched.scores = {name: float(scores[name]) for name in target.detectors if name in scores}
+        watched.made = {str(name): (float(at), int(end)) for name, (at, end) in state.get("made", {}).items()}
+        limit = state.get("limit")
+        if limit is not None and limit["rule"] == target.limit:
+            watched.limit = float(limit["value"])
         for name in watched.detectors:
             try:
                 watched.detectors[name].restore(state["detectors"][name])
@@ -111,15 +126,13 @@ class Watched:
         return watched
 
 
-def begun(detector: Detector, values: list[float]) -> bool:
+def refilled(detector: Detector, values: list[float]) -> bool:
     """Whether a detector whose state is nothing but a window of values has been given these at once: judging hundreds
     of past values one by one takes an isolation forest a second, and nobody is told the scores.
     """
     state = detector.state()
-    if set(state) != {"values"} or state["values"]:
+    if set(state) != {"values"}:
         return False
-    try:
-        detector.restore({"values": values})
-    except (KeyError, TypeError, ValueError):
-        return False
+    if values:
+        detector.restore({"values": [*state["values"], *(bounded(value) for value in values)]})
     return True

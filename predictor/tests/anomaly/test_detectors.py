@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from citadel_predictor.anomaly import DETECTORS, AutoRegressive, Detector, Limits, Robust, build
+from citadel_predictor.anomaly import DETECTORS, AutoRegressive, Detector, Forest, Limits, Robust, build
 from citadel_predictor.anomaly.shapes import HISTORY, Past, Shape, sums
 from citadel_predictor.forecast import FloatArray
 
@@ -60,7 +60,7 @@ def test_each_notices_a_drop(name: str) -> None:
 def test_it_goes_on_after_a_restart_as_if_nothing_were(name: str) -> None:
     values = fault("level")[AT - 400 : AT + 40]
     if name == "iforest":  # it is fitted anew after a restart, on the same values
-        values = values[:200]
+        values = values[:260]
     whole = scores(build(name), values)
     first, second = build(name), build(name)
     scores(first, values[:150])
@@ -85,13 +85,51 @@ def test_nothing_upsets_it(name: str) -> None:
     assert (found[50:53] == 0).all()
 
 
-def test_a_constant_that_changes_is_an_anomaly() -> None:
-    values = np.full(200, 5.0)
-    values[150] = 6.0
-    for name in ("level", "robust"):
-        found = scores(build(name), values)
-        assert found[:150].max() == 0
-        assert found[150] >= 1
+RANDOM = np.random.default_rng(8)
+CONSTANTS = {
+    "zero": np.zeros(320),
+    "one value": np.full(320, 0.1),
+    "large": np.full(320, 1e9),
+    "below zero": np.full(320, -3e-3),
+    "noise of the arithmetic": 5 + RANDOM.normal(0, 1e-13, 320),
+    "last digits now and then": np.where(RANDOM.random(320) < 0.03, 0.1 + 0.2, 0.3),
+    "all but zero now and then": np.where(RANDOM.random(320) < 0.03, 1e-16, 0.0),
+}
+
+
+@pytest.mark.parametrize("name", [*DETECTORS])
+@pytest.mark.parametrize("kind", [*CONSTANTS])
+def test_a_constant_is_no_anomaly_and_a_jump_out_of_it_is_one(name: str, kind: str) -> None:
+    values = CONSTANTS[kind]
+    jump = np.full(12, values[-1] + max(0.5, abs(values[-1]) / 5))
+    found = scores(build(name), np.concatenate([values, jump]))
+    assert found[:320].max() < 0.5
+    assert found[320] >= 1
+
+
+def test_a_forest_does_not_call_a_new_constant_odd_for_long() -> None:
+    """Nor what varies after one: a forest that was grown from a constant would set everything apart equally well."""
+    varied = quiet()[:300]
+    found = scores(build("iforest"), np.concatenate([np.full(300, 7.0), np.full(300, 9.0), varied]))
+    assert found[300] >= 1
+    assert (found[312:600] < 1).all()
+    assert (found[600:] >= 1).mean() < 0.1
+
+
+def test_a_forest_calls_nothing_odd_that_has_been_there() -> None:
+    """Two kinds of value, of which the rarer one is the oddest that it was grown from."""
+    found = scores(build("iforest"), np.resize([3.0] * 19 + [4.0], 500))
+    assert 0.9 < found.max() < 1
+
+
+@pytest.mark.parametrize("name", ["ensemble", "ar", "iforest"])
+def test_of_too_little_nothing_is_said(name: str) -> None:
+    """Level and robust compare with a distribution; the others would compare with next to nothing."""
+    most = {"ensemble": 100, "ar": 80, "iforest": 250}[name]
+    values = quiet(3)[:most]
+    values[-10:] *= 5
+    assert scores(build(name), values).max() == 0
+    assert scores(build(name), np.array([5.0, 6.0, 7.0, 800.0])).max() == 0
 
 
 def test_limits() -> None:
@@ -108,6 +146,8 @@ def test_what_cannot_be_built_or_restored() -> None:
         build("lstm")
     with pytest.raises(ValueError, match="history is 3"):
         Robust(3)
+    with pytest.raises(ValueError, match="history is 100"):
+        Forest(100)
     with pytest.raises(ValueError, match="not of an autoregression of order 5"):
         AutoRegressive(5).restore(AutoRegressive(3).state())
     with pytest.raises(KeyError):

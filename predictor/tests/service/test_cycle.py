@@ -1,8 +1,11 @@
 """Cycles on a Prometheus that is well, that is not, and that shows too much."""
 
+import json
 import math
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from citadel_predictor.prometheus import QueryError
@@ -356,6 +359,121 @@ def test_a_restart_goes_on_from_the_state(tmp_path: Path) -> None:
     assert not run.said("model_card")
     assert run.values("llm_forecast_value") == pytest.approx(before)
     assert all(end - start <= 600 for _, start, end, _ in run.client.asked)
+
+
+SHOWN = ("llm_forecast_value", "llm_forecast_limit", "llm_forecast_mase", "llm_forecast_coverage_ratio")
+
+
+def growing(**more: Any) -> Target:
+    """Requests, with a limit that a rule has."""
+    return requests(horizons=("1h", "1d", "30d"), capacity=True, limit="model:requests:most", **more)
+
+
+def test_a_restart_without_prometheus_shows_what_was_forecast_before(tmp_path: Path) -> None:
+    run = bench(tmp_path, growing())
+    run.client.add("model:requests:rate5m", lambda at: 100 + (at - NOW) / DAY, model="small")
+    run.client.add("model:requests:most", lambda _: 110.0)
+    run.step()
+    before = {name: run.values(name) for name in SHOWN}
+    eta = run.values("llm_forecast_limit_eta_seconds", model="small", quantile="0.5")[0]
+    assert eta / DAY == pytest.approx(10, abs=3)
+    assert min(len(values) for values in before.values()) >= 2
+    run.client.fails = QueryError("unreachable", "no")
+    run.wall += 1800
+    run.start()
+    assert {name: run.values(name) for name in SHOWN} == before
+    assert run.values("llm_forecast_last_success_timestamp_seconds") == [NOW + 300]
+    assert run.values("llm_forecast_limit_eta_seconds", model="small", quantile="0.5") == [pytest.approx(eta - 1800)]
+    assert not run.values("llm_anomaly_score"), "of a value of half an hour ago"
+    assert not run.step(0)
+    assert {name: run.values(name) for name in SHOWN} == before
+    assert run.reasons() == {"unreachable"}
+    run.client.fails = None
+    run.client.asked.clear()
+    assert run.step(0)
+    assert not run.said("state_damaged")
+    assert {name: run.values(name) for name in SHOWN} == before, "and it goes on from there"
+    assert run.values("llm_forecast_last_success_timestamp_seconds") == [NOW + 2100]
+
+
+def test_a_score_is_of_a_recent_value_or_is_not_shown(tmp_path: Path) -> None:
+    run = bench(tmp_path)
+    run.step()
+    scores = run.values("llm_anomaly_score")
+    run.cycle.save()
+    run.client.fails = QueryError("unreachable", "no")
+    run.start()
+    assert run.values("llm_anomaly_score") == scores
+    run.step(900)
+    assert run.values("llm_anomaly_score") == scores
+    run.step(600)
+    assert len(scores) == 2
+    assert not run.values("llm_anomaly_score")
+
+
+def test_a_forecast_is_shown_until_its_time_has_come(tmp_path: Path) -> None:
+    run = bench(tmp_path, growing())
+    run.client.add("model:requests:most", lambda _: 1000.0)
+    run.step(0)
+    run.client.fails = QueryError("unreachable", "no")
+    for hours, horizons in ((1.9, {"1h", "1d", "30d"}), (2.1, {"1d", "30d"}), (26, {"30d"}), (24 * 31 + 1, set())):
+        run.wall = NOW + hours * HOUR
+        run.start()
+        shown = {name for name in ("1h", "1d", "30d") if run.values("llm_forecast_value", horizon=name)}
+        assert shown == horizons
+        assert {name for name in shown if run.values("llm_forecast_mase", horizon=name)} == shown
+        run.step(0)
+        assert {name for name in ("1h", "1d", "30d") if run.values("llm_forecast_value", horizon=name)} == horizons
+        assert bool(run.values("llm_forecast_limit_eta_seconds")) == bool(horizons)
+    assert run.values("llm_forecast_last_success_timestamp_seconds") == [NOW]
+    run.wall = NOW + 10 * DAY
+    run.start()
+    days = [day for day in range(1, 31) if run.values("llm_forecast_value", horizon_days=str(day))]
+    assert days == [*range(9, 31)]
+
+
+@pytest.mark.parametrize("jump", [-DAY, 0.0])
+def test_what_does_not_belong_to_the_state_is_not_shown(tmp_path: Path, jump: float) -> None:
+    """A clock that had run ahead; a state that was written between a reading and its forecast."""
+    run = bench(tmp_path)
+    run.step()
+    for watched in run.cycle.boards[0].series.values() if not jump else ():
+        watched.track.put([(watched.track.end + HOUR, 1.0)])
+    run.cycle.save()
+    run.client.fails = QueryError("unreachable", "no")
+    run.wall += jump
+    run.start()
+    assert not run.values("llm_forecast_value")
+    assert not run.values("llm_forecast_last_success_timestamp_seconds")
+
+
+def test_a_state_from_before_this_was_kept_is_used_all_the_same(tmp_path: Path) -> None:
+    run = bench(tmp_path, growing())
+    run.step()
+    path = tmp_path / "requests.json"
+    plain = json.loads(path.read_text())
+    del plain["succeeded"]
+    for each in plain["series"]:
+        del each["made"], each["limit"]
+    path.write_text(json.dumps(plain))
+    run.start()
+    assert not run.values("llm_forecast_value")
+    assert run.cycle.boards[0].series
+    assert not run.said("state_damaged")
+    run.lines.clear()
+    run.step()
+    assert run.values("llm_forecast_value")
+    assert not run.said("model_card")
+
+
+def test_a_limit_of_another_rule_is_not_taken_from_the_state(tmp_path: Path) -> None:
+    run = bench(tmp_path, growing())
+    run.client.add("model:requests:most", lambda _: 110.0)
+    run.step(0)
+    for limit, shown in (("model:requests:less", []), (90, [90, 90])):
+        other = bench(tmp_path, msgspec.structs.replace(growing(), limit=limit))
+        assert other.values("llm_forecast_limit") == shown
+        assert other.values("llm_forecast_value")
 
 
 def test_what_came_while_it_was_away_is_asked_for(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -153,6 +154,40 @@ def test_it_forecasts_survives_kill_9_and_a_prometheus_that_is_slow_then_down(
         saved = json.loads((config.parent / "state" / "targets" / "requests.json").read_text())
         assert len(saved["series"]) == 2
         assert saved["series"][0]["asked"] % HOUR == 0
+    finally:
+        running.process.kill()
+        running.process.wait()
+
+
+FORECASTS = re.compile(r"^llm_forecast_(?:value|mase|coverage_ratio|limit|history_days)\{.*$", re.MULTILINE)
+SUCCESS = re.compile(r'^llm_forecast_last_success_timestamp_seconds\{target="requests"\} (.*)$', re.MULTILINE)
+ETA = 'llm_forecast_limit_eta_seconds{target="requests"'
+
+
+def test_it_starts_beside_a_prometheus_that_is_down_with_the_forecasts_of_before(
+    config: Path, prometheus: PrometheusServer
+) -> None:
+    running = Running(config)
+    try:
+        before = running.until(lambda text: "llm_predictor_up_to_date 1.0" in text)
+        assert running.end(signal.SIGTERM) == 0
+        prometheus.stop()
+        began = time.time()
+        running = Running(config)
+        text = running.until(lambda text: "llm_predictor_build_info" in text)
+        assert len(FORECASTS.findall(text)) > 200
+        assert sorted(FORECASTS.findall(text)) == sorted(FORECASTS.findall(before))
+        assert text.count(ETA) == before.count(ETA) == 6
+        assert "llm_predictor_up_to_date 0.0" in text
+        assert text.count("llm_anomaly_score{") == before.count("llm_anomaly_score{") == 4
+        assert float(SUCCESS.findall(text)[0]) < began, "so that their age is known"
+        text = running.until(lambda text: 'degraded{target="requests",reason="unreachable"}' in text)
+        assert sorted(FORECASTS.findall(text)) == sorted(FORECASTS.findall(before))
+        prometheus.start()
+        text = running.until(lambda text: "llm_predictor_up_to_date 1.0" in text)
+        assert float(SUCCESS.findall(text)[0]) > began
+        assert not running.events("model_card"), "what was chosen before is used"
+        assert running.end(signal.SIGTERM) == 0
     finally:
         running.process.kill()
         running.process.wait()

@@ -131,6 +131,7 @@ def test_a_run_from_start_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         deadline = time.monotonic() + 60
         while made.complete is None and time.monotonic() < deadline:
             time.sleep(0.05)
+        time.sleep(0.3)  # the cycle may be faster than the watchdog's interval
         made.stop(15, None)
 
     watcher = threading.Thread(target=wait)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..forecast import FloatArray
-from .base import bounded, tail
+from .base import STILL, bounded, size_of, tail
 from .windows import MOST
 
 TAIL = 5.0  # powers of ten: one in a hundred thousand would be the threshold
@@ -41,7 +41,7 @@ class AutoRegressive:
         away = value - self.centre
         self.centre += rate * away
         self.spread += rate * (away * away - self.spread)
-        size = math.sqrt(self.spread) or 1.0
+        size = max(math.sqrt(self.spread), STILL * size_of(self.centre))
         score = 0.0
         if len(self.values) == self.order:
             row = np.append((np.array(self.values) - self.centre) / size, 1.0)

@@ -26,11 +26,18 @@ class Detector(Protocol):
 
 
 LARGEST = 1e100  # a value beyond is taken for this: its square has to be a number
+STILL = 1e-9  # spread beside the size of the values: less is the arithmetic's, and the values are one constant
+MOVED = 1e-6  # distance from a constant, beside its size, that is a change
 
 
 def bounded(value: float) -> float:
     """The value, as far as its square can be had."""
     return max(-LARGEST, min(LARGEST, float(value)))
+
+
+def size_of(value: float) -> float:
+    """What STILL and MOVED are shares of."""
+    return max(1.0, abs(value))
 
 
 def tail(deviations: float) -> float:

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 
 from ..forecast import FloatArray
+from .base import STILL, size_of
 
 HISTORY = 4000  # values that are searched, and distances that are ranked: a fortnight by the five minutes
 NEIGHBOURS = 20  # their mean distance counts, so that what has happened once or twice is still unusual
 LEAST = 100  # distances before anything is said: with fewer no rank is rare
-SAME = 1e-9  # of the largest value: a smaller distance is the arithmetic's
 
 
 class Past:
@@ -95,7 +95,7 @@ class Shape:
                 apart += away * away
         nearest = float(np.partition(apart, NEIGHBOURS - 1)[:NEIGHBOURS].mean())
         found = math.sqrt(max(0.0, nearest))
-        return found if found > SAME * float(np.abs(values[-span:]).max()) else 0.0
+        return found if found > STILL * size_of(float(np.abs(values[-span:]).max())) else 0.0
 
     def state(self) -> dict[str, Any]:
         """Six digits of each distance: they are only ranked."""
