@@ -35,7 +35,7 @@ def grafana(fetch: Callable[..., Any]) -> Callable[..., Any]:
 
 def value(fetch: Callable[..., Any], query: str, wanted: str = "") -> str:
     """Of a recorded series, as soon as it is the one that is wanted."""
-    for _ in range(30):
+    for _ in range(180):  # rules are evaluated each minute
         found = fetch(f"http://127.0.0.1:9090/api/v1/query?query={query}").json()["data"]["result"]
         if found and (not wanted or found[0]["value"][1] == wanted):
             return str(found[0]["value"][1])
