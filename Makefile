@@ -59,7 +59,7 @@ types: venv # two scripts are named run, and mypy knows a script by its name
 
 unit: venv
 	@tools/servers
-	pytest -n 2 --dist loadfile --cov --cov-report=term:skip-covered --cov-fail-under=90 --durations=10
+	pytest --cov --cov-report=term:skip-covered --cov-fail-under=90 --durations=10
 
 molecule: venv ## one scenario: make molecule S=gateway
 	@test -n "$(S)" || { echo "which scenario? make molecule S=$$(ls -m molecule | tr -d ' \n' | sed 's/,/ or S=/g')" >&2; exit 2; }
