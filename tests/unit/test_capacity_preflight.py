@@ -49,3 +49,19 @@ def test_a_misspelt_key_and_a_port_of_somebody_else_are_refused(tmp_path: Path) 
     ran = preflight("-e", facts, "-e", f"@{models}")
     assert ran.returncode == 2
     assert "contxt" in ran.stdout
+
+
+def test_monitoring_that_could_tell_nobody_is_refused_without_asking_a_host(tmp_path: Path) -> None:
+    ran = preflight("--limit", "metrics_servers")
+    assert ran.returncode == 2
+    for missing in ("vault_exporters_password", "vault_monitoring_gateway_key", "vault_grafana_token"):
+        assert f"set {missing}" in ran.stdout
+    assert 'platform_alerting.channels "pager" has neither routing_key nor routing_key_file' in ran.stdout
+    given = tmp_path / "given.json"
+    enough = dict.fromkeys(("platform_exporters_password", "platform_monitoring_gateway_key"), "x" * 32)
+    given.write_text(json.dumps({**enough, "platform_grafana": "none", "platform_alerting": {}}))
+    ran = preflight("--limit", "metrics_servers", "-e", f"@{given}")
+    assert ran.returncode == 2
+    assert "platform_alerting has no matrix: nobody would be told" in " ".join(ran.stdout.split())
+    ran = preflight("--limit", "metrics_servers", "-e", f"@{given}", "-e", "monitoring_alertmanager_config=")
+    assert ran.returncode == 0, ran.stdout

@@ -127,8 +127,8 @@ class Watched:
 
 
 def refilled(detector: Detector, values: list[float]) -> bool:
-    """Whether a detector whose state is nothing but a window of values has been given these at once: judging hundreds
-    of past values one by one takes an isolation forest a second, and nobody is told the scores.
+    """Whether a detector whose state is nothing but a window of values has been given these at once: nobody is
+    told the scores of past values, so none of hundreds of them is judged.
     """
     state = detector.state()
     if set(state) != {"values"}:
