@@ -137,6 +137,12 @@ def test_limits_are_in_effect(unit: Callable[[str], Any], units: list[str], sett
         assert seconds > settings["timeouts"]["drain"], f"{name} is killed after {stop}"
 
 
+def test_it_outweighs_the_models(unit: Callable[[str], Any], units: list[str]) -> None:
+    """All processes are in a slice beside that of the engines, which has systemd's weight of 100."""
+    assert {name: unit(name).show("Slice")["Slice"] for name in units} == dict.fromkeys(units, "citadel-gateway.slice")
+    assert int(unit("citadel-gateway.slice").show("CPUWeight")["CPUWeight"]) > 100
+
+
 def test_it_runs_from_a_release(host: Host, unit: Callable[[str], Any], units: list[str]) -> None:
     """All processes of the gateway run from one release, not from a link that may be switched below them."""
     releases = set()

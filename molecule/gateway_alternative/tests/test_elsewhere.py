@@ -46,15 +46,15 @@ def test_a_third_request_to_a_model_does_not_wait(host: Host) -> None:
 
 
 def test_limits_are_those_of_the_variables(host: Host) -> None:
-    properties = "MemoryMax,CPUWeight,LimitNOFILE,WatchdogUSec,TimeoutStopUSec"
+    properties = "MemoryMax,LimitNOFILE,WatchdogUSec,TimeoutStopUSec"
     shown = host.check_output("systemctl show --property=%s citadel-gateway@3.service", properties)
     assert set(shown.splitlines()) == {
         "MemoryMax=209715200",
-        "CPUWeight=500",
         "LimitNOFILE=1024",
         "WatchdogUSec=10s",
         "TimeoutStopUSec=23s",
     }
+    assert host.check_output("systemctl show --property=CPUWeight citadel-gateway.slice") == "CPUWeight=500"
 
 
 def test_nothing_is_where_the_defaults_are(host: Host) -> None:
