@@ -16,6 +16,7 @@ REPO = Path(__file__).resolve().parent.parent
 LAB = REPO / "lab"
 VENV = REPO / ".venv"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "citadel-lab"
+BYTECODE = CACHE / "bytecode"
 RUN = Path("/run/citadel-lab")
 STATE = CACHE / "state"
 KEY_FILE = STATE / "key"
@@ -43,8 +44,9 @@ class Host:
 class Layer:
     """What ``play`` leaves on a fresh machine; ``key``: the paths whose content decides whether it still fits.
 
-    ``host`` is the inventory's host that the play takes the builder for, ``address`` where the builder is; ``secrets``:
-    those of the lab that are in the layer, which is made anew when they are.
+    ``on``: the layer that it lies on. ``host`` is the inventory's host that the play takes the builder for,
+    ``address`` where the builder is; ``secrets``: those of the lab that are in the layer, which is made anew when they
+    are.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Layer:
     play: tuple[str, ...]
     key: tuple[str, ...]
     secrets: tuple[str, ...] = ()
+    on: str = ""
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,7 @@ LAYERS = {
         tuple(data["play"]),
         tuple(data["key"]),
         tuple(data.get("secrets", ())),
+        data.get("on", ""),
     )
     for name, data in _SETTINGS["layers"].items()
 }

@@ -16,8 +16,9 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import bytecode
 import network
-from common import CACHE, LAB, NETWORK, RUN, SSH_KEY, Host, LabError, run
+from common import BYTECODE, CACHE, LAB, NETWORK, RUN, SSH_KEY, Host, LabError, run
 
 HOSTS_DIR = CACHE / "hosts"
 TRASH = CACHE / "trash"
@@ -146,6 +147,11 @@ def _seed(upper: Path, host: Host) -> None:
     (upper / "root").chmod(0o700)
     (upper / "root/.ssh").chmod(0o700)
     put("usr/local/sbin/lab-init", (LAB / "init").read_text(), 0o755)
+    put("usr/lib/python3/dist-packages/citadel_lab_bytecode.py", (LAB / "bytecode.py").read_text())
+    put(
+        "usr/lib/python3/dist-packages/citadel_lab_bytecode.pth",
+        "import citadel_lab_bytecode; citadel_lab_bytecode.install()\n",
+    )
 
 
 def _free_loops(count: int) -> list[str]:
@@ -164,6 +170,7 @@ def _free_loops(count: int) -> list[str]:
 
 def _nspawn_command(host: Host, root: Path, loops: list[str]) -> list[str]:
     binds = [f"--bind-ro={CACHE / name}:{target}" for name, target in BINDS.items() if (CACHE / name).is_dir()]
+    binds.append(f"--bind={BYTECODE}:{bytecode.FOLDER}")
     devices = [f"--bind={device}" for device in ["/dev/loop-control", *loops]] if loops else []
     return [
         "systemd-nspawn", "--quiet", f"--directory={root}", "--register=no", "--keep-unit", f"--machine={host.name}",
@@ -211,6 +218,7 @@ def up(host: Host, lower: list[Path]) -> None:
     folder = HOSTS_DIR / host.name
     for part in ("upper", "work", "root"):
         (folder / part).mkdir(parents=True)
+    BYTECODE.mkdir(exist_ok=True)
     _seed(folder / "upper", host)
     loops, groups = _free_loops(host.loop), _make_cgroups(host.name)
     pid = os.fork()

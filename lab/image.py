@@ -13,6 +13,7 @@ import network
 import tiny_models
 from common import (
     BASE_PACKAGES,
+    BYTECODE,
     CACHE,
     LAB,
     LAYERS,
@@ -42,6 +43,7 @@ OLD_TAGS = ("manylinux2014_x86_64", "manylinux2010_x86_64", "manylinux1_x86_64",
 DEFAULT_RELEASE = "bookworm"
 KEEP_SECONDS = 14 * 24 * 3600
 BASE_RECIPE = "1"  # raised when the way the base image is built changes
+Build = Callable[[Layer, Path, list[Path]], None]  # layer, where it is to be, what it lies on
 MASKED = ("apt-daily.timer", "apt-daily-upgrade.timer", "systemd-networkd-wait-online.service")
 
 
@@ -173,30 +175,40 @@ def secrets_of_the_lab() -> None:
         run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "citadel-lab", "-f", SSH_KEY])
 
 
-def layer_path(layer: Layer, release: str) -> Path:
+def layer_path(layer: Layer, release: str, below: Path) -> Path:
     """Where a layer is kept; the name holds what it depends on."""
     paths = [path for name in layer.key if (path := REPO / name).exists()]
-    parts = [str(layer.play), base(release).name, *((STATE / name).read_text() for name in layer.secrets)]
+    parts = [str(layer.play), below.name, *((STATE / name).read_text() for name in layer.secrets)]
     return LAYERS_DIR / f"{layer.name}-{release}-{digest_of(paths, *parts)}"
 
 
+def stack(layer: Layer | None, release: str, build: Build) -> list[Path]:
+    """A layer and what it lies on, uppermost first; ``build`` makes what is not there."""
+    if layer is None:
+        return [base(release)]
+    below = stack(LAYERS[layer.on] if layer.on else None, release, build)
+    path = layer_path(layer, release, below[0])
+    if not path.exists():
+        build(layer, path, below)
+    return [path, *below]
+
+
 def prune() -> None:
-    """Remove images and layers that nothing has used for two weeks: a boot renews the time of what it stands on."""
+    """Remove images and layers that nothing has used for two weeks: a boot renews the time of what it stands on. What
+    was compiled two weeks ago is compiled anew.
+    """
     oldest = time.time() - KEEP_SECONDS
     for folder in [*BASES.glob("*"), *LAYERS_DIR.glob("*")]:
         if folder.is_dir() and folder.stat().st_mtime < oldest:
             shutil.rmtree(folder)
+    for file in BYTECODE.glob("*"):
+        if file.stat().st_mtime < oldest:
+            file.unlink()
 
 
-def lower(host: Host, release: str, build: Callable[[Layer, Path], None], *, bare: bool = False) -> list[Path]:
-    """The folders under a host, uppermost first; ``build`` makes a layer that is not there."""
-    folders = [base(release)]
-    if host.layer and not bare:
-        layer = LAYERS[host.layer]
-        path = layer_path(layer, release)
-        if not path.exists():
-            build(layer, path)
-        folders.insert(0, path)
+def lower(host: Host, release: str, build: Build, *, bare: bool = False) -> list[Path]:
+    """The folders under a host, uppermost first."""
+    folders = stack(LAYERS[host.layer] if host.layer and not bare else None, release, build)
     for folder in folders:
         os.utime(folder)
     return folders

@@ -12,7 +12,8 @@ import pytest
 REPO = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPO / "lab"))
 
-import common  # noqa: E402  the lab is a folder of scripts, not a package
+import bytecode  # noqa: E402  the lab is a folder of scripts, not a package
+import common  # noqa: E402  the same
 import host as machine  # noqa: E402  the same
 import proxy  # noqa: E402  the same
 import tiny_models  # noqa: E402  the same
@@ -62,6 +63,22 @@ def test_a_failed_command_is_an_error_with_its_output() -> None:
 def test_addresses_are_given_once() -> None:
     addresses = [host.address for host in common.HOSTS.values()] + [layer.address for layer in common.LAYERS.values()]
     assert len(addresses) == len(set(addresses))
+
+
+@pytest.mark.parametrize("kept", [None, b"", b"no bytecode"])
+def test_what_a_zip_has_is_compiled_once_whatever_the_folder_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: bytes | None
+) -> None:
+    monkeypatch.setattr(bytecode, "FOLDER", str(tmp_path / "kept"))
+    assert bytecode.compiled("a.py", b"x = 1").co_names == ("x",)  # and there is no folder
+    (tmp_path / "kept").mkdir()
+    bytecode.compiled("a.py", b"x = 1")
+    (file,) = (tmp_path / "kept").iterdir()
+    if kept is not None:
+        file.write_bytes(kept)
+        bytecode.compiled("a.py", b"x = 1")
+    monkeypatch.setattr(bytecode, "compile_source", None)
+    assert bytecode.compiled("b.py", b"x = 1").co_names == ("x",)
 
 
 def test_start_time_tells_processes_apart() -> None:
