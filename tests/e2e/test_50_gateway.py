@@ -19,7 +19,7 @@ def test_upgrade_under_open_streams(lab: Lab) -> None:
     models = ("phi-3-mini", "phi-3-mini", "mixtral-8x7b", "hermes-2")
     # connections fall on either worker, and one may have heard a moment ago that a model is back from a drain
     lab.wait_until("each worker serves each model", lambda: all(map(lab.generates, models * 4)), 60)
-    body = {"prompt": "x", "max_tokens": 700, "stream": True, "ignore_eos": True}
+    body = {"prompt": "x", "max_tokens": 300, "stream": True, "ignore_eos": True}
     headers = {"Authorization": f"Bearer {lab.key}"}
     opened = threading.Semaphore(0)
     stop = threading.Event()
@@ -44,11 +44,12 @@ def test_upgrade_under_open_streams(lab: Lab) -> None:
         return ends
 
     def knock() -> list[str]:
-        """New connections all the while."""
+        """New connections all the while. Waiting is no failure: in the lab the engines' load and this test's share two
+        cores, and an answer has been seen to take eleven seconds."""
         failed = []
         while not stop.is_set():
             try:
-                if (status := httpx2.get(f"{URL}/healthz", trust_env=False, timeout=10).status_code) != 200:
+                if (status := httpx2.get(f"{URL}/healthz", trust_env=False, timeout=120).status_code) != 200:
                     failed.append(str(status))
             except httpx2.HTTPError as error:
                 failed.append(repr(error))
