@@ -41,8 +41,7 @@ down: ## stop the lab; nothing is left but the cache
 	@lab/lab down
 
 check: venv ## lint, types, unit and contract tests: neither root nor the lab
-	@$(STAGE) lint 120 $(MAKE) --no-print-directory lint
-	@$(STAGE) types 60 $(MAKE) --no-print-directory types
+	@$(STAGE) 'lint and types' 150 $(MAKE) --no-print-directory -j2 lint types
 	@$(STAGE) unit 360 $(MAKE) --no-print-directory unit
 
 lint: venv
@@ -57,9 +56,10 @@ types: venv # two scripts are named run, and mypy knows a script by its name
 	mypy $(filter-out bench/predictor/run,$(PYTHON_FILES))
 	mypy bench/predictor/run
 
-unit: venv
+unit: venv # side by side, then those that take the time of something
 	@tools/servers
-	pytest --cov --cov-report=term:skip-covered --cov-fail-under=90 --durations=10
+	pytest --numprocesses=auto --maxprocesses=4 -m 'not alone' --cov --cov-report= --durations=10
+	pytest -m alone --cov --cov-append --cov-report=term:skip-covered --cov-fail-under=90
 
 molecule: venv ## one scenario: make molecule S=gateway
 	@test -n "$(S)" || { echo "which scenario? make molecule S=$$(ls -m molecule | tr -d ' \n' | sed 's/,/ or S=/g')" >&2; exit 2; }

@@ -46,6 +46,7 @@ async def test_events_that_come_in_pieces_are_joined(gateway: Running, engine: F
     await wire.close()
 
 
+@pytest.mark.alone
 async def test_the_first_event_comes_at_once(gateway: Running, engine: FakeEngine) -> None:
     engine.delay = 0.3
     wire = await connect(gateway.port)

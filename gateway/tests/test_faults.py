@@ -26,6 +26,8 @@ from gateway.tests.processes import SystemdWorker
 from gateway.tests.servers import RedisServer
 from gateway.tests.site import Running, Site
 
+pytestmark = pytest.mark.alone
+
 
 @asynccontextmanager
 async def running(site: Site) -> AsyncIterator[Running]:

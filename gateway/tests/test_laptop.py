@@ -133,6 +133,7 @@ def test_without_redis_one_worker_serves(site: Site, monkeypatch: pytest.MonkeyP
     assert read_gateway(path).workers == 3
 
 
+@pytest.mark.alone
 def test_from_nothing_to_an_answer(tmp_path: Path, fake: Fake) -> None:
     """One command; the key it prints opens, and a second start keeps it."""
     backend = fake({"id": "llama3.2:latest"}, {"id": "qwen"})
