@@ -259,6 +259,7 @@ def test_alertmanager_restarts_after_a_level_was_told(site: Site) -> None:
     site.look(1)
     site.look(101)
     site.until("/two")
+    site.nothing_more()  # it is told before Alertmanager has noted that it is
     site.alertmanager.stop()
     site.alertmanager.start()
     assert site.look(1) == []
