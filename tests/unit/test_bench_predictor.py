@@ -120,8 +120,8 @@ def test_the_date_of_exhaustion_on_a_sample() -> None:
     assert len(rows) == 6
     for kind in ("straight", "compound"):
         assert rows[f"{kind} growth, 14 days before"]["median_error_days"] <= 3
-    values, limit, day = capacity.growth("straight", 1)
-    assert values[day] >= limit > values[:day].max()
+    grown = capacity.growth("straight", 1)
+    assert grown.values[grown.day] >= grown.limit > grown.values[: grown.day].max()
 
 
 def test_faults_that_are_put_in() -> None:

@@ -65,7 +65,6 @@ class Cycle:
     ) -> None:
         self.settings, self.client, self.store, self.metrics, self.report = settings, client, store, metrics, report
         self.clock, self.beat = clock or Clock(), beat
-        self.methods = outlook.chosen_methods(settings.methods)
         self.boards = [Board(target, outlook.plans(target)) for target in settings.targets]
         self.before: tuple[float, float] | None = None  # wall and monotonic of the last cycle
         self.failures = 0
@@ -281,7 +280,8 @@ class Cycle:
             if not due and plan.name in answers and answers[plan.name][0] == stamp:
                 continue  # nothing new has come
             before = None if due else watched.choices.get(plan.name)
-            found = outlook.answer(plan, board.target, track, now, self.methods, before)
+            methods = outlook.chosen_methods(self.settings.methods, plan)
+            found = outlook.answer(plan, board.target, track, now, methods, before)
             answers[plan.name] = (stamp, found)
             if found.choice is None:
                 watched.choices.pop(plan.name, None)

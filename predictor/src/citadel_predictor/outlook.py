@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from .forecast import DEFAULT, METHODS, NAIVE, Choice, FloatArray, Forecaster, choose, reached, refreshed
+from .forecast import DAILY, DEFAULT, METHODS, NAIVE, Choice, FloatArray, Forecaster, choose, reached, refreshed
 from .forecast.exhaustion import LEAST_DAYS, WEEK
 from .settings import DAY, HORIZONS, LONG, Target
 from .track import Track
@@ -39,9 +39,11 @@ def plans(target: Target) -> list[Plan]:
     return [Plan(daily, steps, horizons) for (daily, steps), horizons in found.items()]
 
 
-def chosen_methods(names: Sequence[str]) -> tuple[Forecaster, ...]:
+def chosen_methods(names: Sequence[str], plan: Plan) -> tuple[Forecaster, ...]:
     """Those of the settings; the seasonal naive is with them anyway."""
-    return tuple(METHODS[name] for name in names if name != NAIVE.name) if names else DEFAULT
+    if not names:
+        return DAILY if plan.daily else DEFAULT
+    return tuple(METHODS[name] for name in names if name != NAIVE.name)
 
 
 @dataclass
@@ -150,6 +152,5 @@ def until(choice: Choice, days: Track, target: Target, limit: float, now: float)
     newest = days.last()
     if newest is None:
         return {}
-    at, value = newest
-    found = reached(choice, value, limit, below=target.direction == "below")
-    return {level: max(0.0, each * DAY - (now - at)) for level, each in found.items()}
+    found = reached(choice, days.values, limit, below=target.direction == "below")
+    return {level: max(0.0, each * DAY - (now - newest[0])) for level, each in found.items()}

@@ -4,8 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from citadel_predictor.forecast import COMBINED, DEFAULT, METHODS, NAIVE, Choice, FloatArray, choose, exhaustion, filled
-from citadel_predictor.forecast.exhaustion import crossing
+from citadel_predictor.forecast import COMBINED, DEFAULT, METHODS, NAIVE, Choice, FloatArray, choose, filled
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -152,24 +151,3 @@ def test_a_long_season_takes_no_more_lags_than_it_can_pay_for() -> None:
     choice = choose(np.repeat(series, 4), 96, 12)
     assert choice.fit_seconds < 10
     assert choice.mase[choice.method] <= choice.mase[NAIVE.name]
-
-
-# exhaustion ---------------------------------------------------------------------------------------------------------
-def test_the_day_on_which_a_disk_is_full() -> None:
-    days = np.arange(60)
-    used = 500 + 5 * days + RANDOM.normal(0, 3, days.size) + 10 * (days % 7 < 5)
-    found = exhaustion(used, 900.0)
-    assert found.eta_days[0.1] <= found.eta_days[0.5] <= found.eta_days[0.9]
-    assert 10 <= found.eta_days[0.5] <= 28
-
-
-def test_what_is_not_used_up_soon() -> None:
-    found = exhaustion(100 + RANDOM.normal(0, 1, 40), 1e6)
-    assert found.eta_days == {0.1: np.inf, 0.5: np.inf, 0.9: np.inf}
-
-
-def test_a_line_between_two_days() -> None:
-    assert crossing(np.array([10.0, 20.0]), 0.0, 15.0) == 1.5
-    assert crossing(np.array([10.0]), 12.0, 11.0) == 0
-    with pytest.raises(ValueError, match="20 days of history"):
-        exhaustion(np.ones(20), 5.0)

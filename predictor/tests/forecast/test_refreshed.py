@@ -60,7 +60,7 @@ def test_a_limit_from_above() -> None:
     found = exhaustion(daily, 31, below=True)
     assert found.eta_days[0.5] == pytest.approx(10, abs=3)
     assert found.eta_days[0.1] <= found.eta_days[0.5] <= found.eta_days[0.9]
-    assert reached(found.choice, 41.0, 50.0, below=True) == {0.1: 0, 0.5: 0, 0.9: 0}
+    assert reached(found.choice, daily, 50.0, below=True) == {0.1: 0, 0.5: 0, 0.9: 0}
 
 
 def test_arima_when_it_is_asked_for() -> None:

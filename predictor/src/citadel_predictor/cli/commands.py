@@ -119,11 +119,11 @@ def explain(options: argparse.Namespace, settings: Settings) -> int:
 
 def explained(watched: Watched, settings: Settings, limit: float | None) -> dict[str, Any]:
     target = watched.target
-    methods = outlook.chosen_methods(settings.methods)
     days = watched.track.days(target.aggregate)
     forecasts: list[dict[str, Any]] = []
     eta: dict[float, float] = {}
     for plan in outlook.plans(target):
+        methods = outlook.chosen_methods(settings.methods, plan)
         found = outlook.answer(plan, target, days if plan.daily else watched.track, time.time(), methods, None)
         if found.choice is None:
             text = "; ".join(found.said) or "no value was ever measured"
@@ -207,7 +207,7 @@ def tested(name: str, plan: Plan, track: Track, target: Target, methods: tuple[s
         if np.isfinite(past).sum() < least or not np.isfinite(came).any() or cut < 1 or not np.isfinite(past[-1]):
             continue
         began = time.process_time()
-        choice = choose(past, season, plan.steps, methods=outlook.chosen_methods(methods))
+        choice = choose(past, season, plan.steps, methods=outlook.chosen_methods(methods, plan))
         seconds += time.process_time() - began
         whole, _ = filled(past, season)
         unit = scale(whole, season)

@@ -2,10 +2,11 @@
 
 from .base import Fitted, FloatArray, Forecaster, filled
 from .choose import COMBINED, DEFAULT, METHODS, NAIVE, Choice, choose, refreshed
-from .exhaustion import Exhaustion, exhaustion, reached
+from .exhaustion import DAILY, Exhaustion, exhaustion, reached
 
 __all__ = [
     "COMBINED",
+    "DAILY",
     "DEFAULT",
     "METHODS",
     "NAIVE",

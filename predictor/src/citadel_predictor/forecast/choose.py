@@ -11,6 +11,7 @@ from threadpoolctl import ThreadpoolController
 
 from .arima import Arima
 from .base import FloatArray, Forecaster, filled
+from .growth import COMPOUND, STRAIGHT
 from .linear import Linear
 from .lstm import Lstm
 from .naive import Profile, Repeated, SeasonalNaive
@@ -18,7 +19,7 @@ from .ridge import VARIANTS
 
 NAIVE = SeasonalNaive()
 DEFAULT: tuple[Forecaster, ...] = (*VARIANTS, SeasonalNaive("naive-week", 7), Profile(), Linear())
-METHODS: dict[str, Forecaster] = {each.name: each for each in (NAIVE, *DEFAULT, Arima(), Lstm())}
+METHODS: dict[str, Forecaster] = {each.name: each for each in (NAIVE, *DEFAULT, STRAIGHT, COMPOUND, Arima(), Lstm())}
 COMBINED = "combined"
 ORIGINS = (0, 1, 2, 4, 7)  # seasons between the last origin and each of those that are held out
 SHARPNESS = 4  # weight = error^-SHARPNESS; measured, bench/predictor/README.md
