@@ -172,23 +172,15 @@ def given_in(scenario: Path) -> dict[str, list[Any]]:
     return given
 
 
-def site_variables(inventory: Path, *, everywhere: bool = False) -> dict[str, Path]:
-    """Variable -> file of an inventory's group_vars/all; ``everywhere``: of other groups, hosts and hosts.yml too."""
-    paths = sorted(inventory.glob("group_vars/all/*.yml"))
-    if everywhere:
-        paths += sorted([*inventory.glob("group_vars/**/*.yml"), *inventory.glob("host_vars/**/*.yml")])
-    variables = {name: path for path in paths for name in load(path)}
-    if everywhere:
-        variables |= dict.fromkeys(_vars_of_group(load(inventory / "hosts.yml")), inventory / "hosts.yml")
-    return variables
+def site_variables(inventory: Path) -> dict[str, Path]:
+    """Variable -> file of an inventory's group_vars/all."""
+    return {name: path for path in sorted(inventory.glob("group_vars/all/*.yml")) for name in load(path)}
 
 
-def _vars_of_group(group: dict[str, Any]) -> Iterator[str]:
+def vars_of_groups(group: dict[str, Any]) -> Iterator[str]:
+    """Variables that a hosts.yml gives to groups. (Those of single hosts and of group_vars/<group> beat the wiring.)"""
     for name, value in (group or {}).items():
         if name == "vars":
             yield from value
-        elif name == "hosts":
-            for variables in (value or {}).values():
-                yield from variables or {}
-        elif isinstance(value, dict):
-            yield from _vars_of_group(value)
+        elif name != "hosts" and isinstance(value, dict):
+            yield from vars_of_groups(value)
