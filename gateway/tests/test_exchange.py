@@ -188,6 +188,7 @@ async def test_a_request_is_not_tried_for_ever(site: Site, engine: FakeEngine, s
     await gateway.stop()
 
 
+@pytest.mark.alone
 async def test_a_client_that_leaves_stops_the_engine(gateway: Running, engine: FakeEngine) -> None:
     engine.delay, engine.events = 0.02, 1000
     for stream in (True, False):

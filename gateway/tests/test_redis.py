@@ -196,6 +196,7 @@ async def test_what_was_used_while_redis_was_away_is_added_once(worker: Make, ow
     }
 
 
+@pytest.mark.alone
 async def test_a_frozen_redis_delays_by_its_timeout_only(worker: Make, own_server: Any, books: Any) -> None:
     server = own_server()
     redis = redis_settings(server)

@@ -37,6 +37,7 @@ async def test_a_stopping_worker_finishes_what_it_has(gateway: Running, engine: 
         await connect(gateway.port)
 
 
+@pytest.mark.alone
 async def test_an_idle_connection_gets_a_short_grace(gateway: Running) -> None:
     wire = await connect(gateway.port)
     wire.send(chat())

@@ -69,7 +69,7 @@ def test_upgrade_under_open_streams(lab: Lab) -> None:
             knocking = pool.submit(knock)
             for _ in range(STREAMS):
                 assert opened.acquire(timeout=240), [one.result() for one in running if one.done()]
-            lab.play("playbooks/gateway.yml")
+            lab.play("playbooks/gateway.yml", "--tags", "gateway_run")
         finally:
             stop.set()
             VERSION_FILE.write_text(source)
