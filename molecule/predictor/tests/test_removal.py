@@ -9,7 +9,8 @@ from testinfra.host import Host
 
 PROJECT = Path(os.environ["MOLECULE_PROJECT_DIRECTORY"])
 STATE = "/var/lib/citadel-predictor"
-LEFT = "find /etc /run /var/lib -path /var/lib/dpkg -prune -o -name '*citadel-predictor*' -print"
+PASSED_OVER = "-path /var/lib/dpkg -prune -o -path /var/lib/prometheus -prune"  # Prometheus removes files as we look
+LEFT = f"find /etc /run /var/lib {PASSED_OVER} -o -name '*citadel-predictor*' -print"
 
 
 def play(*options: str, **variables: object) -> str:
