@@ -98,22 +98,23 @@ def test_the_predictor_has_done_a_round(lab: Lab, get: Callable[..., Any]) -> No
     )
 
 
+@pytest.fixture(scope="class")
+def told_at(lab: Lab, get: Callable[..., Any]) -> Iterator[float]:
+    """When level 1 was told, on this process's clock. The model stays stopped for all tests of the class."""
+    get(f"{SINKS}/received", "DELETE")
+    lab.ssh(f"systemctl stop {engine(STOPPED)}", timeout=180)
+    try:
+        lab.wait_until("level 1 is told", lambda: bool(told(get, "slack", ALERT, STOPPED)), 300)
+        yield time.monotonic()
+    finally:
+        lab.ssh(f"systemctl start {engine(STOPPED)}", timeout=600)
+        for silence in get(f"{ALERTMANAGER}/api/v2/silences"):
+            if silence["createdBy"] == AUTHOR:
+                httpx2.delete(f"{ALERTMANAGER}/api/v2/silence/{silence['id']}", trust_env=False, timeout=20)
+
+
 class TestAStoppedModel:
     """Level 1, level 2, a runbook that opens, the gateway's own feed; after an acknowledgement no level 3."""
-
-    @pytest.fixture(scope="class")
-    def told_at(self, lab: Lab, get: Callable[..., Any]) -> Iterator[float]:
-        """When level 1 was told, on this process's clock. The model stays stopped for all tests of the class."""
-        get(f"{SINKS}/received", "DELETE")
-        lab.ssh(f"systemctl stop {engine(STOPPED)}", timeout=180)
-        try:
-            lab.wait_until("level 1 is told", lambda: bool(told(get, "slack", ALERT, STOPPED)), 300)
-            yield time.monotonic()
-        finally:
-            lab.ssh(f"systemctl start {engine(STOPPED)}", timeout=600)
-            for silence in get(f"{ALERTMANAGER}/api/v2/silences"):
-                if silence["createdBy"] == AUTHOR:
-                    httpx2.delete(f"{ALERTMANAGER}/api/v2/silence/{silence['id']}", trust_env=False, timeout=20)
 
     def test_it_is_told_and_escalated(self, lab: Lab, get: Callable[..., Any], told_at: float) -> None:
         del told_at
