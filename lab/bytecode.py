@@ -1,4 +1,4 @@
-"""Python of the lab's hosts keeps what it has compiled out of zip files: half the CPU time of an Ansible task.
+"""Python of the lab's hosts keeps what it has compiled out of zip files.
 
 Ansible sends each module with all that it imports as a zip of sources, and Python keeps no bytecode of those. Every
 host has this file as a module that a .pth file sets to work; bytecode is shared by all, by the hash of its source.

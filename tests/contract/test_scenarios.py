@@ -28,8 +28,7 @@ def test_every_role_has_a_scenario() -> None:
     assert {*role_names(), *ALTERNATIVES, "full"} - names == set()
 
 
-# What `full` leaves is asked by tests/e2e.
-@pytest.mark.parametrize("scenario", [path for path in SCENARIOS if path.name != "full"], ids=lambda path: path.name)
+@pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda path: path.name)
 def test_a_scenario_plays_and_verifies(scenario: Path) -> None:
     assert (scenario / "converge.yml").is_file()
     tests = checks_of(scenario)
